@@ -1,0 +1,127 @@
+"""Hold model.py to the numbers of the original GemNet-OC on given graphs.
+
+    python tests/parity.py FILE.pt [FILE.pt ...]
+
+A parity file holds a small random model of the original code, crystals, their edges, and every intermediate value. One
+line for each quantity: the largest deviation relative to the largest value, in float64 and in float32. Exit status 1 if a
+float64 value is off by more than 1e-9, or a float32 one by more than 1e-4 or three times the reference's own float32 error.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import tables
+from hub import rename_published
+from model import GEMNET, PretrainModel, PropertyModel, build_backbone, pool, sum_to
+
+GRAPHS = {"main": "main", "a2a": "a2a", "a2ee2a": "a2ee2a", "qint": "qint"}
+
+
+def architecture(file):
+    """Constructor arguments from the file's configuration (original names)."""
+    c = file["config"]
+    arch = {k: c[k] for k in GEMNET if k in c}
+    arch |= {"backbone": "gemnet_oc", "rbf_cutoff": c["absolute_rbf_cutoff"], "trip_interaction": True, "graph": {}}
+    return arch | {"forces": any(k.startswith("backbone.out_mlp_F") for k in file["state_dict"])}
+
+
+def given_batch(file, dtype):
+    """The file's graphs as a batch, distances and vectors included. Edges are in the file's order."""
+    inputs, bits = file["inputs"], "float64" if dtype == torch.float64 else "float32"
+    batch = {"Z": inputs["atomic_numbers"], "pos": inputs["pos"].double(), "batch": inputs["batch"]}
+    batch["num_atoms"] = inputs["natoms"]
+    batch["cell"] = inputs["cell"].double()
+    for ours, theirs in GRAPHS.items():
+        graph = file["graphs"][theirs]
+        batch[f"{ours}.src"], batch[f"{ours}.dst"] = graph["edge_index"]
+        batch[f"{ours}.offset"] = graph["cell_offset"].long()
+        batch[f"{ours}.d"] = graph[f"distance_{bits}"].to(dtype)
+        batch[f"{ours}.V"] = graph[f"vector_{bits}"].to(dtype)
+    batch["main.swap"] = file["graphs"]["main"]["id_swap"]
+    return batch | tables(batch)
+
+
+def load(file, dtype):
+    """The pre-training model (all heads) and the property head of the file."""
+    backbone = build_backbone(architecture(file))
+    tasks = [str(t) for t in file["output_head"]["tasks"]]
+    model = PretrainModel(backbone, dict.fromkeys(tasks, backbone.arch["forces"]))
+    named, _ = rename_published(file["state_dict"], tasks)
+    model.load_state_dict(named)
+    head = PropertyModel(backbone, "mean")
+    head.head.load_state_dict({k.split("out_mlp.")[1]: v for k, v in file["matbench_head_state_dict"].items()})
+    return model.to(dtype), head.to(dtype), tasks
+
+
+def run(file, dtype):
+    """Every quantity of the file, computed here: {name: tensor}, and {published parameter name: gradient norm}."""
+    model, head, tasks = load(file, dtype)
+    batch = given_batch(file, dtype)
+    backbone = model.backbone
+    h, m, x_E, x_F, g = zip(*backbone.states(batch, with_edges=True))
+    out = {"h0": h[0], "m0": m[0], "h_blocks": torch.stack(h[1:]), "m_blocks": torch.stack(m[1:])}
+    out |= {"x_E_blocks": torch.stack(x_E)}
+    out["x_E"] = backbone.readout(torch.stack(x_E, dim=1))
+    out["x_F"] = backbone.out_mlp_F.out_mlp(torch.cat(x_F, dim=1))
+    out["atom_energy"] = torch.cat([model.out_energy[t](out["x_E"]) for t in tasks], dim=1)
+    out["energy"] = pool(out["atom_energy"], batch, "sum")
+    out["edge_force_scalar"] = torch.cat([model.out_forces[t](out["x_F"]) for t in tasks], dim=1)
+    forces = out["edge_force_scalar"][:, None, :] * g[0]["V"][:, :, None]
+    out["forces_direct"] = sum_to(forces, batch["main.dst"], len(batch["Z"]))
+    y = head.head(out["x_E"]).squeeze(1)
+    out |= {f"matbench_y_{how}": pool(y, batch, how) for how in ("mean", "sum", "max")}
+    w = torch.linspace(0.5, 1.5, out["forces_direct"].numel(), dtype=dtype)
+    loss = out["energy"].abs().mean() + (w * out["forces_direct"].flatten()).abs().mean()
+    loss.backward()
+    _, published = rename_published(file["state_dict"], tasks)
+    norms = {published[n]: p.grad.norm() for n, p in model.named_parameters() if p.grad is not None}
+    return {k: v.detach() for k, v in out.items()}, norms
+
+
+def compare(file):
+    """Rows (quantity, precision, deviation, allowed)."""
+    rows = []
+    for bits, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+        out, norms = run(file, dtype)
+        for name, ours in out.items():
+            reference = file["outputs"][bits].get(name)
+            if reference is None:
+                continue
+            scale = reference.abs().max().clamp(min=1e-30)
+            off = float((ours.reshape(reference.shape) - reference).abs().max() / scale)
+            allowed = 1e-9
+            if bits == "float32":
+                own = file["reference_float32_vs_float64"].get(name, {"max_abs_diff": 0.0, "max_abs": 1.0})
+                allowed = max(1e-4, 3 * own["max_abs_diff"] / max(own["max_abs"], 1e-30))
+            rows.append((name, bits, off, allowed))
+        reference = file["param_grad_norms"][bits]
+        missing = sorted(set(reference) - set(norms))
+        off = [abs(float(norms[k]) - float(v)) for k, v in reference.items() if k in norms]
+        scale = max(float(v) for v in reference.values())
+        allowed = 1e-9
+        if bits == "float32":
+            exact = file["param_grad_norms"]["float64"]
+            allowed = max(1e-4, 3 * max(abs(float(reference[k]) - float(exact[k])) for k in reference) / scale)
+        rows.append((f"param_grad_norms ({len(off)})", bits, max(off) / scale, allowed))
+        if missing:
+            rows.append((f"no gradient for {missing[0]} and {len(missing) - 1} more", bits, float("inf"), 0.0))
+    return rows
+
+
+def main(paths):
+    bad = 0
+    for path in paths:
+        file = torch.load(path, weights_only=True)
+        print(f"{path}: {file.get('name', '')}")
+        for name, bits, off, allowed in compare(file):
+            ok = off <= allowed
+            bad += not ok
+            print(f"  {name:28} {bits}  {off:9.2e}  allowed {allowed:.1e}  {'ok' if ok else 'OFF'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) if len(sys.argv) > 1 else __doc__)

@@ -1,0 +1,281 @@
+"""Adaptive Module Composition: the maths against numbers one can check, and the stage on a hub made in the test."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import compose
+import hub
+from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
+
+# ------------------------------------------------------------------------------------------------ step 1, the estimate
+
+
+def test_knn_estimate_leaves_the_crystal_itself_out():
+    X = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]
+    assert knn_estimate(X, [10.0, 20.0, 30.0], K=1).tolist() == [20.0, 10.0, 20.0]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_knn_estimate_by_hand(temperature):
+    angle = np.deg2rad([0, 60, 90])  # cosines: 0-1 1/2, 0-2 0, 1-2 sqrt(3)/2
+    X = np.stack([np.cos(angle), np.sin(angle)], axis=1) * [[1], [5], [0.1]]  # lengths do not matter
+    a, b, c = np.exp(np.array([0.5, 0.0, np.sqrt(3) / 2]) / temperature)
+    expected = [(a * 2 + b * 4) / (a + b), (a * 1 + c * 4) / (a + c), (b * 1 + c * 2) / (b + c)]
+    np.testing.assert_allclose(knn_estimate(X, [1.0, 2.0, 4.0], K=2, temperature=temperature), expected, rtol=1e-9)
+
+
+def test_equal_cosines_go_to_the_lower_index():
+    X = np.array([[1.0, 2.0, 3.0]] * 6)
+    assert knn_estimate(X, np.arange(6.0), K=2).tolist() == [1.5, 1.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_k_is_at_most_the_number_of_other_crystals():
+    X, y = np.random.default_rng(0).normal(size=(4, 3)), np.arange(4.0)
+    np.testing.assert_array_equal(knn_estimate(X, y, K=50), knn_estimate(X, y, K=3))
+
+
+def test_row_blocks_change_nothing():
+    rng = np.random.default_rng(1)
+    X, y = rng.normal(size=(3000, 4)), rng.normal(size=3000)  # more than one block of 2**22 / 3000 rows
+    S = (X / np.linalg.norm(X, axis=1, keepdims=True))
+    for i in (0, 1397, 1398, 1399, 2999):
+        s = S @ S[i]
+        s[i] = -2
+        nbr = np.argsort(-s)[:5]
+        f = np.exp(s[nbr] / 0.2)
+        assert knn_estimate(X, y)[i] == pytest.approx(f @ y[nbr] / f.sum(), rel=1e-9)
+
+
+def test_one_crystal_is_an_error():
+    with pytest.raises(ValueError, match="m=1"):
+        knn_estimate([[1.0, 0.0]], [1.0])
+
+
+@pytest.mark.parametrize("K, temperature", [(0, 0.2), (5, 0.0), (5, -1.0), (5, float("nan"))])
+def test_neighbours_and_temperature_must_be_positive(K, temperature):
+    with pytest.raises(ValueError, match="--neighbors"):
+        knn_estimate(np.eye(3), np.arange(3.0), K, temperature)
+
+
+# ------------------------------------------------------------------------------------------------- step 2, the weights
+
+
+def test_all_weight_goes_to_a_module_that_predicts_perfectly():
+    y = np.array([1.0, 2.0, 4.0])
+    w, gap, _ = solve_weights(np.stack([y + 1, y, -y]), y)
+    np.testing.assert_allclose(w, [0, 1, 0], atol=1e-5)
+    assert gap < 1e-8
+
+
+def test_opposite_errors_share_the_weight_as_their_sizes_say():
+    y = np.array([0.0, 1.0, 2.0, 3.0])
+    w, _, _ = solve_weights(np.stack([y + 3, y - 1, y + [7, 0, 9, 1]]), y)  # w = 1/4, 3/4, 0: no error
+    np.testing.assert_allclose(w, [0.25, 0.75, 0], atol=1e-6)
+    assert w[2] == 0  # exactly: a module of weight 0 is not read
+
+
+def problem(m, N, seed):
+    rng = np.random.default_rng(seed)
+    y = rng.normal(size=m)
+    return y * rng.uniform(0.2, 1, (N, 1)) + rng.normal(size=(N, m)) * rng.uniform(0.3, 1, (N, 1)), y
+
+
+@pytest.mark.parametrize("m, N, seed", [(50, 3, 0), (200, 8, 1), (30, 12, 2), (100, 18, 3)])
+def test_weights_agree_with_slsqp(m, N, seed):
+    from scipy.optimize import minimize
+
+    Y_hat, y = problem(m, N, seed)
+    D = standardise(Y_hat, y)
+    G = D.T @ D / m
+    other = minimize(lambda w: w @ G @ w, np.full(N, 1 / N), jac=lambda w: 2 * G @ w, method="SLSQP",
+                     bounds=[(0, 1)] * N, constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+                     options={"ftol": 1e-15, "maxiter": 1000}).x
+    w, gap, _ = solve_weights(Y_hat, y)
+    np.testing.assert_allclose(w, other, atol=1e-5)
+    assert gap == frank_wolfe_gap(D, w) < 1e-8
+    assert abs(w.sum() - 1) < 1e-12 and (w >= 0).all()
+
+
+@pytest.mark.parametrize("solve", [compose.solve_clarabel, compose.solve_nnls])
+@pytest.mark.parametrize("seed", range(3))
+def test_either_solver_reaches_the_optimum(solve, seed):
+    D = standardise(*problem(120, 10, seed))
+    w = solve(D)
+    assert frank_wolfe_gap(D, w / w.sum()) < 1e-8
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_the_unit_of_the_label_does_not_matter(scale, offset):
+    Y_hat, y = problem(200, 6, 4)
+    w, _, _ = solve_weights((Y_hat + offset) * scale, (y + offset) * scale)
+    np.testing.assert_allclose(w, solve_weights(Y_hat, y)[0], atol=1e-6)
+
+
+def test_many_modules_go_to_the_active_set():
+    Y_hat, y = problem(60, compose.DENSE + 1, 5)
+    w, gap, solver = solve_weights(Y_hat, y)
+    assert solver == "scipy nnls" and gap < 1e-8 and (w > 0).sum() <= 61
+
+
+def test_a_solver_that_lies_is_not_believed(monkeypatch):
+    Y_hat, y = problem(100, 5, 6)
+    monkeypatch.setitem(compose.SOLVERS, liar := (lambda D: np.full(D.shape[1], 0.1)), "liar")
+    monkeypatch.setattr(compose, "solve_clarabel", liar)
+    assert solve_weights(Y_hat, y)[2] == "scipy nnls"
+    monkeypatch.setattr(compose, "solve_nnls", liar)
+    with pytest.raises(ValueError, match="no solver reached"):
+        solve_weights(Y_hat, y)
+
+
+def test_equal_labels_are_an_error():
+    with pytest.raises(ValueError, match="all 4 training labels are 0.1"):
+        solve_weights(np.full((2, 4), 0.1), np.full(4, 0.1))
+
+
+def test_one_module_takes_all():
+    assert solve_weights([[3.0, 1.0]], [1.0, 2.0])[0].tolist() == [1.0]
+
+
+def test_fewer_rows_than_modules_and_twins_are_said_to_leave_the_weights_open():
+    Y_hat, y = problem(50, 4, 7)
+    assert compose.unique(standardise(Y_hat, y))
+    assert not compose.unique(standardise(np.vstack([Y_hat, Y_hat[:1]]), y))
+    assert not compose.unique(standardise(*problem(3, 8, 8)))
+
+
+def test_stability_of_a_clear_choice():
+    y = np.random.default_rng(0).normal(size=100)
+    mean, sd, share = compose.stability(standardise(np.stack([y + 3, y]), y), 20, seed=0)
+    np.testing.assert_allclose([mean, sd, share], [[0, 1], [0, 0], [0, 1]], atol=1e-9)
+
+
+def test_select_is_the_papers_ablation():
+    w = np.array([0.7, 0.0, 0.3, 0.0])
+    assert select(w, "amc").tolist() == w.tolist()
+    assert select(w, "average").tolist() == [0.5, 0, 0.5, 0]
+    assert select(w, "all").tolist() == [0.25] * 4
+    drawn = select(w, "random", seed=3)
+    assert sorted(drawn.tolist()) == [0, 0, 0.5, 0.5] and drawn.tolist() == select(w, "random", seed=3).tolist()
+    assert len({tuple(select(w, "random", seed=s)) for s in range(20)}) > 1
+    with pytest.raises(ValueError, match="--select best"):
+        select(w, "best")
+
+
+def test_a_large_merge_gap_is_said_aloud():
+    assert "LARGE" not in compose.merge_verdict(merged=0.60, mixture=0.54, theta_0=0.67)[0]
+    assert "LARGE" in compose.merge_verdict(merged=0.74, mixture=0.68, theta_0=0.76)[0]
+    assert compose.merge_verdict(merged=0.81, mixture=0.80, theta_0=0.80)[1] is False  # nothing to lose
+
+
+# --------------------------------------------------------------------------------------------------- step 3, the merge
+
+ARCH = {"backbone": "gemnet_oc", "preset": "tiny"}
+
+
+def put(folder, name, tensors, kind="full"):
+    """A module folder with these tensors; returns it."""
+    hub.save(folder / name, tensors, {"kind": kind, "architecture": ARCH})
+    return folder / name
+
+
+def tensors(seed):
+    g = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(5, 4, generator=g), "b": torch.randn(3, generator=g), "steps": torch.tensor([3, 4])}
+
+
+@pytest.fixture
+def three(tmp_path):
+    return {name: put(tmp_path, name, tensors(i)) for i, name in enumerate(("one", "two", "three"))}
+
+
+def test_weight_one_returns_the_module_bit_for_bit(three):
+    merged = merge(three, [0, 1, 0])
+    for k, x in tensors(1).items():
+        assert torch.equal(merged[k], x) and merged[k].dtype == x.dtype
+
+
+def test_merge_is_the_weighted_sum(three):
+    merged = merge(three, [0.2, 0.3, 0.5])
+    parents = [tensors(i) for i in range(3)]
+    for k in "ab":
+        torch.testing.assert_close(merged[k], 0.2 * parents[0][k] + 0.3 * parents[1][k] + 0.5 * parents[2][k])
+        assert merged[k].dtype == torch.float32
+    assert merged["steps"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_one_module_merge_to_it(tmp_path, dtype):
+    x = {"a": torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)}
+    copies = {f"m{i}": put(tmp_path, f"m{i}", x) for i in range(7)}
+    assert torch.equal(merge(copies, np.full(7, 1 / 7))["a"], x["a"])
+
+
+def test_a_module_of_weight_zero_is_not_read_and_one_is_open_at_a_time(three, monkeypatch):
+    events, real = [], hub.open_tensors
+
+    class Spy:
+        def __init__(self, path):
+            self.path, self.handle = path, real(path)
+
+        def __enter__(self):
+            events.append(("open", self.path.name))
+            return self.handle.__enter__()
+
+        def __exit__(self, *error):
+            events.append(("close", self.path.name))
+            return self.handle.__exit__(*error)
+
+    monkeypatch.setattr(hub, "open_tensors", Spy)
+    merge(three, [0.5, 0, 0.5])
+    assert events == [("open", "one"), ("close", "one"), ("open", "three"), ("close", "three")]
+
+
+def test_counters_must_agree_but_for_batch_norms(tmp_path):
+    a = put(tmp_path, "a", {"x": torch.zeros(2), "bn.num_batches_tracked": torch.tensor(7)})
+    b = put(tmp_path, "b", {"x": torch.ones(2), "bn.num_batches_tracked": torch.tensor(9)})
+    merged = merge({"a": a, "b": b}, [0.25, 0.75])
+    assert merged["x"].tolist() == [0.75, 0.75] and merged["bn.num_batches_tracked"].item() == 9
+    c = put(tmp_path, "c", {"x": torch.zeros(2), "n": torch.tensor(7)})
+    d = put(tmp_path, "d", {"x": torch.ones(2), "n": torch.tensor(9)})
+    with pytest.raises(ValueError, match="module d: n holds integers unlike those of c"):
+        merge({"c": c, "d": d}, [0.5, 0.5])
+
+
+def test_compose_is_estimate_weigh_merge(three):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=60)
+    angle = {"one": rng.normal(size=60), "two": np.argsort(np.argsort(y)) / 60, "three": rng.normal(size=60)}
+    embed = lambda name: np.stack([np.cos(angle[name]), np.sin(angle[name])], axis=1)  # noqa: E731
+    g_D, w, rest = compose.compose(three, embed, y)
+    assert w[1] > 0.8 and rest["gap"] < 1e-8
+    assert all(torch.equal(x, g_D[k]) for k, x in merge(three, w).items())
+    _, w_all, rest_all = compose.compose(three, embed, y, choose=lambda w: select(w, "all"))
+    assert w_all.tolist() == [1 / 3] * 3 and rest_all["w_amc"].tolist() == w.tolist()
+
+
+def test_a_module_whose_representation_is_not_finite_is_named(three):
+    embed = lambda name: np.full((9, 2), np.nan if name == "two" else 1.0)  # noqa: E731
+    with pytest.raises(ValueError, match="module two: 9 of 9 crystals"):
+        compose.compose(three, embed, np.arange(9.0))
+
+
+def test_licences_are_joined_with_the_most_restrictive_first():
+    assert compose.strictest(["CC-BY-4.0", "CC-BY-NC-4.0", "CC-BY-4.0"]) == "CC-BY-NC-4.0; CC-BY-4.0"
+    assert compose.strictest(["MIT", "", "CC-BY-NC-SA-4.0"]) == "unknown; CC-BY-NC-SA-4.0; MIT"
+
+
+def test_few_shot_rows_are_nested_and_repeatable():
+    rows = np.arange(100, 200)
+    few, more = compose.few_shot(rows, 10, seed=1), compose.few_shot(rows, 30, seed=1)
+    assert len(few) == 10 and set(few) < set(more) and few.tolist() == compose.few_shot(rows, 10, seed=1).tolist()
+    assert compose.few_shot(rows, 0, seed=1).tolist() == rows.tolist()
+    with pytest.raises(ValueError, match="--few-shot 101: the training split has 100"):
+        compose.few_shot(rows, 101, seed=1)

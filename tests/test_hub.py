@@ -1,0 +1,464 @@
+"""The hub refuses what is damaged, foreign or private by name, and never holds half a module."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import hub  # noqa: E402
+
+ARCHITECTURE = {"backbone": "gemnet_oc", "preset": "tiny", "width": 4, "graph": {"cutoff": 12.0}}
+
+
+def tensors(seed=0, width=4):
+    g = torch.Generator().manual_seed(seed)
+    return {"atom.weight": torch.randn(3, width, generator=g), "atom.bias": torch.randn(width, generator=g),
+            "scale": torch.tensor(1.5), "count": torch.arange(2)}
+
+
+def card(**changes):
+    return {"kind": "full", "architecture": ARCHITECTURE, "graph": ARCHITECTURE["graph"], "property": "formation energy",
+            "unit": "eV/atom", "transform": "none", "pooling": "mean", "normalizer_mean": -1.25, "normalizer_std": 0.5,
+            "dataset": "matbench_mp_e_form", "rows_used": 1000, "val_mae": 0.125, "mad": 0.5, "elements": ["Na", "Cl"],
+            "split": "70/15/15", "training": {"lr": 5e-4, "epochs": 80}, "license_weights": "CC-BY-4.0", **changes}
+
+
+def make(folder, names=("mp_eform", "mp_gvrh", "jarvis_eform")):
+    """A small hub: theta_0 and full modules that start from it."""
+    root = folder / "hub"
+    theta = hub.save(root / "backbone", tensors(), card(kind="backbone"), adapters_init={"down": torch.zeros(2, 4)})
+    for i, name in enumerate(names):
+        hub.save(root / name, tensors(i + 1), card(backbone_sha256=theta["tensors_sha256"]),
+                 head={"out.weight": torch.ones(1, 4)}, history="epoch,val_mae\n1,0.125\n")
+    return root
+
+
+def flip_byte(file, position=-1):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+def edit_card(path, **changes):
+    file = path / "module.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(match, function, *args, **kwargs):
+    """The call must fail with one line that says `match`."""
+    with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def run(capsys):
+    """run("list", ...) -> exit code, lines of stdout, lines of stderr."""
+    def call(*args):
+        code = hub.main([*map(str, args)])
+        out = capsys.readouterr()
+        return code, out.out.splitlines(), out.err.splitlines()
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------- writing and reading back
+
+
+def test_a_module_comes_back_bit_for_bit_with_its_card(tmp_path):
+    mine = card(backbone_sha256="0" * 64, seed=np.int64(3), seconds=np.float32(1.5), parents=None)
+    written = hub.save(tmp_path / "mp_eform", tensors(), mine, head={"out": torch.ones(4)}, history="epoch\n1\n",
+                       extra={"composition.json": {"parents": {"a": "0" * 64}}})
+    read = hub.read_card(tmp_path / "mp_eform")
+    assert read == written and set(hub.CARD) <= set(read)
+    assert {k: read[k] for k in mine} == mine
+    assert (read["name"], read["num_parameters"], read["format_version"]) == ("mp_eform", 12 + 4 + 1 + 2, 1)
+    for name, t in hub.load_tensors(tmp_path / "mp_eform").items():
+        assert t.dtype == tensors()[name].dtype and torch.equal(t, tensors()[name])
+    assert torch.equal(hub.load_tensors(tmp_path / "mp_eform", "head.safetensors")["out"], torch.ones(4))
+    with hub.open_tensors(tmp_path / "mp_eform") as handle:
+        assert torch.equal(handle.get_tensor("scale"), torch.tensor(1.5))
+    assert sorted(os.listdir(tmp_path / "mp_eform")) == ["README.md", "composition.json", "head.safetensors", "history.csv",
+                                                         "module.json", "module.safetensors"]
+
+
+def test_the_same_module_saved_twice_is_the_same_bytes(tmp_path):
+    for root in "a", "b":
+        make(tmp_path / root)
+    for file in (tmp_path / "a").rglob("*.*"):
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
+
+
+def test_tied_and_strided_tensors_are_all_stored(tmp_path):
+    w = torch.arange(6.0).reshape(2, 3)
+    hub.save(tmp_path / "m", {"w": w, "tied": w, "part": w[1:], "turned": w.T}, card())
+    read = hub.load_tensors(tmp_path / "m")
+    assert all(torch.equal(read[k], v) for k, v in {"w": w, "tied": w, "part": w[1:], "turned": w.T}.items())
+
+
+def test_changing_a_loaded_tensor_leaves_the_file_alone(tmp_path):
+    root = make(tmp_path)
+    hub.load_tensors(root / "mp_eform")["atom.weight"].zero_()
+    assert hub.verify(root) == []
+
+
+def test_files_are_readable_by_those_who_can_read_the_folder(tmp_path):
+    old = os.umask(0o027)
+    try:
+        hub.save(tmp_path / "m", tensors(), card())
+    finally:
+        os.umask(old)
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()} == {0o640}
+
+
+def test_the_readme_has_the_front_matter_of_the_card(tmp_path):
+    hub.save(tmp_path / "m", tensors(), card(parents=["mp_eform", "mp_gvrh"], license_weights="My own"))
+    front = (tmp_path / "m" / "README.md").read_text().split("---\n")[1].splitlines()
+    assert front == ['license: "other"', 'license_name: "my-own"', 'library_name: "moma"',
+                     'tags: ["materials", "crystals", "moma", "gemnet_oc", "full"]', 'datasets: ["matbench_mp_e_form"]',
+                     'metrics: ["mae"]', 'base_model: ["mp_eform", "mp_gvrh"]']
+
+
+def test_signature_depends_on_names_shapes_and_dtypes_only(tmp_path):
+    one = tensors()
+    other_order = dict(reversed(list(tensors(seed=5).items())))
+    assert hub.signature(one) == hub.signature(other_order)
+    hub.save(tmp_path / "m", one, card())
+    assert hub.signature(hub.read_header(tmp_path / "m")) == hub.signature(one)
+    changed = [{**one, "scale": one["scale"].double()}, {**one, "scale": torch.ones(1)}, {**one, "more": torch.ones(1)}]
+    assert len({hub.signature(t) for t in [one, *changed]}) == 4
+
+
+# ------------------------------------------------------------------------------------------------ names and links
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../out", "a/b", "a..b", ".hidden", "-flag", "mp eform", "é", "a\n", "A" * 101])
+def test_names_that_could_leave_the_hub_are_refused(tmp_path, name):
+    refused("module name", hub.module_dir, tmp_path / "hub", name)
+
+
+def test_save_checks_the_name(tmp_path):
+    refused("module name '..'", hub.save, tmp_path / "hub" / "..", tensors(), card())
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_upper_case_name_is_told_its_lower_case_form():
+    refused("use 'n_seebeck'", hub.check_name, "n_Seebeck")
+
+
+def test_links_are_refused(tmp_path):
+    root = make(tmp_path)
+    os.rename(root / "mp_gvrh", tmp_path / "elsewhere")
+    (root / "mp_gvrh").symlink_to(tmp_path / "elsewhere")
+    refused("mp_gvrh: a link", hub.module_dir, root, "mp_gvrh")
+    refused("mp_gvrh: a link", hub.list_modules, root)
+    file = root / "mp_eform" / "module.safetensors"
+    os.rename(file, tmp_path / "tensors")
+    file.symlink_to(tmp_path / "tensors")
+    refused("mp_eform/module.safetensors: a link", hub.load_tensors, root / "mp_eform")
+    assert len(hub.verify(root)) == 2
+
+
+def test_a_hub_may_itself_be_a_link(tmp_path):
+    make(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "hub")
+    assert list(hub.list_modules(tmp_path / "linked")) == ["jarvis_eform", "mp_eform", "mp_gvrh"]
+
+
+def test_only_theta_0_is_named_backbone(tmp_path):
+    refused("backbone/module.json: kind is 'full'", hub.save, tmp_path / "backbone", tensors(), card())
+    refused("mp_eform/module.json: kind is 'backbone'", hub.save, tmp_path / "mp_eform", tensors(), card(kind="backbone"))
+
+
+# --------------------------------------------------------------------------------------------- refused on writing
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+    text = refused("NaN or infinite", hub.save, tmp_path / "mp_eform", {**tensors(), "w": torch.tensor([1.0, bad])}, card())
+    assert "mp_eform/module.safetensors: tensor 'w' has 1" in text
+    refused("head.safetensors: tensor 'h'", hub.save, tmp_path / "m", tensors(), card(), head={"h": torch.tensor(bad)})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("private", [
+    {"dataset": "/data/alice/secret.csv"}, {"dataset": "~/secret.csv"}, {"dataset": "C:\\Users\\alice"}, {"dataset": "../x"},
+    {"training": {"data": "/data/x"}}, {"training": ["--data /home/alice/x"]}, {"training": {"/data/x": 1}},
+    {"dataset": "file:///x"}, {"dataset": Path("/data/x")}, {"split": {"ids": ["mp-1"]}}, {"labels": [0.5]},
+    {"split": list(range(200))}, {"user": "alice"}])
+def test_a_card_with_private_values_is_refused(tmp_path, private):
+    text = refused("module.json.*leave it out", hub.save, tmp_path / "m", tensors(), card(**private))
+    assert next(iter(private)) in text
+    assert os.listdir(tmp_path) == []
+    refused("composition.json", hub.save, tmp_path / "m", tensors(), card(), extra={"composition.json": private})
+
+
+@pytest.mark.parametrize("value", ["log(1/cm)", "eV/atom", "S / m", "https://doi.org/10.1", "CC BY-NC 4.0 (see a/b)", "n/a", "~5"])
+def test_units_and_addresses_are_not_taken_for_paths(value):
+    hub.check_private({"unit": value})
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"val_mae": float("nan")}, "null for NaN"), ({"val_mae": "0.1"}, "'val_mae'"), ({"architecture": None}, "'architecture'"),
+    ({"training": object()}, "not writable"), ({"kind": "half"}, "kind is 'half'")])
+def test_a_card_that_no_reader_would_accept_is_not_written(tmp_path, changes, match):
+    refused(match, hub.save, tmp_path / "m", tensors(), card(**changes))
+    assert os.listdir(tmp_path) == []
+
+
+def test_extra_files_stay_in_the_folder(tmp_path):
+    for file in "../x.json", "module.json", "last.pt":
+        refused("extra files", hub.save, tmp_path / "m", tensors(), card(), extra={file: {}})
+
+
+# ------------------------------------------------------------------------------------------------- all or nothing
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "write_text", "readme", "_move_into_place", "_sync"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_crash_in_the_middle_of_save_leaves_what_was_there(tmp_path, monkeypatch, step, overwrite):
+    if overwrite:
+        hub.save(tmp_path / "m", tensors(1), card())
+    original, calls = getattr(hub, step), []
+
+    def crash(*args, **kwargs):
+        calls.append(args)
+        if len(calls) < 2 and step != "readme" and step != "_move_into_place":
+            return original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, step, crash)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save(tmp_path / "m", tensors(2), card(), head={"h": torch.ones(1)}, history="epoch\n", overwrite=overwrite)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["m"] * overwrite
+    if overwrite:
+        assert torch.equal(hub.load_tensors(tmp_path / "m")["atom.weight"], tensors(1)["atom.weight"])
+
+
+def test_a_failed_rename_brings_the_old_module_back(tmp_path, monkeypatch):
+    hub.save(tmp_path / "m", tensors(1), card())
+    rename = os.rename
+
+    def fail(a, b):
+        if ".part-" in str(a):
+            raise OSError(28, "No space left on device")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fail)
+    refused("m: could not be put in place .No space left", hub.save, tmp_path / "m", tensors(2), card(), overwrite=True)
+    assert os.listdir(tmp_path) == ["m"]
+    assert torch.equal(hub.load_tensors(tmp_path / "m")["atom.weight"], tensors(1)["atom.weight"])
+
+
+def test_a_name_in_use_is_replaced_only_on_request_and_then_as_a_whole(tmp_path):
+    hub.save(tmp_path / "m", tensors(1), card(), head={"h": torch.ones(1)}, extra={"composition.json": {}})
+    refused("m: exists already", hub.save, tmp_path / "m", tensors(2), card())
+    assert torch.equal(hub.load_tensors(tmp_path / "m")["atom.weight"], tensors(1)["atom.weight"])
+    hub.save(tmp_path / "m", tensors(2), card(), overwrite=True)
+    assert torch.equal(hub.load_tensors(tmp_path / "m")["atom.weight"], tensors(2)["atom.weight"])
+    assert sorted(os.listdir(tmp_path / "m")) == ["README.md", "module.json", "module.safetensors"]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_of_two_processes_saving_one_name_the_second_is_refused(tmp_path, monkeypatch):
+    move = hub._move_into_place
+
+    def other_was_quicker(*args):
+        monkeypatch.setattr(hub, "_move_into_place", move)
+        hub.save(tmp_path / "m", tensors(1), card())
+        move(*args)
+
+    monkeypatch.setattr(hub, "_move_into_place", other_was_quicker)
+    refused("m: could not be put in place", hub.save, tmp_path / "m", tensors(2), card())
+    assert os.listdir(tmp_path) == ["m"]
+    assert torch.equal(hub.load_tensors(tmp_path / "m")["atom.weight"], tensors(1)["atom.weight"])
+
+
+# --------------------------------------------------------------------------------------------- refused on reading
+
+
+@pytest.mark.parametrize("file", ["module.safetensors", "head.safetensors"])
+def test_one_flipped_byte_is_refused_on_every_load(tmp_path, file):
+    path = make(tmp_path) / "mp_eform"
+    flip_byte(path / file)
+    for load in hub.load_tensors, hub.open_tensors:
+        assert "retrain" in refused(f"mp_eform/{file}: damaged or changed", load, path, file)
+
+
+def test_a_flipped_byte_in_the_header_is_refused(tmp_path):
+    path = make(tmp_path) / "mp_eform"
+    flip_byte(path / "module.safetensors", 8)
+    refused("mp_eform/module.safetensors: damaged", hub.load_tensors, path)
+    refused("mp_eform/module.safetensors: not a safetensors file", hub.read_header, path)
+
+
+def test_missing_files_and_modules_are_named(tmp_path):
+    root = make(tmp_path)
+    os.remove(root / "mp_eform" / "module.safetensors")
+    refused("mp_eform/module.safetensors: missing", hub.load_tensors, root / "mp_eform")
+    refused("lists no adapters.safetensors", hub.load_tensors, root / "mp_gvrh", "adapters.safetensors")
+    refused("mp_x: no such module", hub.load_tensors, root / "mp_x")
+    refused("no such hub", hub.list_modules, tmp_path / "none")
+
+
+def test_foreign_nan_weights_with_a_matching_hash_are_refused(tmp_path):
+    path = make(tmp_path) / "mp_eform"
+    hub.save_file({**tensors(), "scale": torch.tensor(float("nan"))}, path / "module.safetensors")
+    edit_card(path, tensors_sha256=hub.sha256(path / "module.safetensors"))
+    refused("mp_eform/module.safetensors: tensor 'scale' has 1 NaN", hub.load_tensors, path)
+    refused("mp_eform/module.safetensors: tensor 'scale' has 1 NaN", hub.open_tensors, path)
+    assert hub.verify(path.parent) == [refused("scale", hub.load_tensors, path)]
+
+
+@pytest.mark.parametrize("text, match", [
+    ("{", "not valid JSON"), ("\xff", "not valid JSON"), ("[" * 100000, "not valid JSON"), ("[]", "format_version is None"),
+    ('{"format_version": 2}', "format_version is 2"), ('{"format_version": 1}', "'name' is missing"),
+    (" " * (2**24 + 1), "16 MiB")])
+def test_a_bad_card_is_refused_in_one_line(tmp_path, text, match):
+    path = make(tmp_path) / "mp_eform"
+    (path / "module.json").write_text(text, encoding="latin-1")
+    refused(f"mp_eform/module.json: .*{match}", hub.read_card, path)
+
+
+def test_a_card_cannot_name_files_outside_its_folder(tmp_path):
+    path = make(tmp_path) / "mp_eform"
+    edit_card(path, files_sha256={"../mp_gvrh/head.safetensors": "0" * 64})
+    refused("module.json: '../mp_gvrh/head.safetensors'", hub.read_card, path)
+
+
+# ------------------------------------------------------------------------------------------------- compatibility
+
+
+def test_compatible_modules_pass_without_any_tensor_being_read(tmp_path, monkeypatch):
+    root = make(tmp_path)
+
+    class HeaderOnly:
+        def __init__(self, *args):
+            self.file = opened(*args)
+
+        def __getattr__(self, name):
+            assert name in ("keys", "get_slice"), f"{name} reads a tensor"
+            return getattr(self.file, name)
+
+        __enter__, __exit__ = (lambda self: self), (lambda self, *args: None)
+
+    opened = hub.safe_open
+    monkeypatch.setattr(hub, "safe_open", HeaderOnly)
+    monkeypatch.setattr(hub, "sha256", None)
+    hub.check_compatible(hub.list_modules(root), root)
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"kind": "adapter"}, "kind is adapter, but full"), ({"architecture": {**ARCHITECTURE, "width": 8}}, "architecture.width is 8, but 4"),
+    ({"graph": {"cutoff": 6.0}}, "graph.cutoff is 6, but 12"), ({"backbone_sha256": "f" * 64}, "backbone_sha256 is fff"),
+    ({"signature": "e" * 64}, "signature is eee")])
+def test_the_odd_one_out_is_named_against_the_majority(tmp_path, changes, match):
+    root = make(tmp_path)
+    edit_card(root / "mp_eform", **changes)
+    text = refused(match, hub.check_compatible, hub.list_modules(root))
+    assert text.startswith("module mp_eform: ") and "in jarvis_eform and 1 more" in text
+
+
+def test_a_foreign_architecture_is_refused_by_its_header_whatever_its_card_says(tmp_path):
+    root = make(tmp_path)
+    hub.save(root / "foreign", tensors(width=8), card(backbone_sha256=hub.read_card(root / "backbone")["tensors_sha256"]))
+    refused("module foreign: signature", hub.check_compatible, hub.list_modules(root), root)
+    edit_card(root / "foreign", signature=hub.read_card(root / "mp_eform")["signature"])
+    hub.check_compatible(hub.list_modules(root))
+    refused("foreign/module.safetensors: its names", hub.check_compatible, hub.list_modules(root), root)
+
+
+def test_adapters_must_belong_to_the_theta_0_of_the_hub(tmp_path):
+    root = make(tmp_path, names=())
+    sha = hub.read_card(root / "backbone")["tensors_sha256"]
+    hub.save(root / "a", {"down": torch.ones(2, 4)}, card(kind="adapter", backbone_sha256=sha))
+    hub.check_compatible(hub.list_modules(root), root)
+    hub.save(root / "backbone", tensors(9), card(kind="backbone"), adapters_init={"down": torch.zeros(2, 4)}, overwrite=True)
+    refused("a: starts from another theta_0", hub.check_compatible, hub.list_modules(root), root)
+    hub.save(root / "b", {"down": torch.ones(3, 4)}, card(kind="adapter", backbone_sha256=hub.read_card(root / "backbone")["tensors_sha256"]))
+    refused("b: its tensors are not those", hub.check_compatible, {"b": hub.read_card(root / "b")}, root)
+
+
+# -------------------------------------------------------------------------------------------- verify and the CLI
+
+
+def test_verify_names_every_problem(tmp_path):
+    root = make(tmp_path)
+    assert hub.verify(root) == []
+    flip_byte(root / "mp_eform" / "head.safetensors")
+    (root / "mp_eform" / "history.csv").write_text("epoch\n")
+    (root / "mp_eform" / "last.pt").write_bytes(b"")
+    os.remove(root / "mp_gvrh" / "README.md")
+    edit_card(root / "mp_gvrh", backbone_sha256="f" * 64, dataset="/data/alice")
+    shutil.copytree(root / "jarvis_eform", root / "copy")
+    (root / "empty").mkdir()
+    (root / ".m.part-0123abcd").mkdir()
+    found = [p.removeprefix(f"{root}/") for p in hub.verify(root)]
+    starts = ["copy: the card's name is 'jarvis_eform'", "empty/module.json: missing", "mp_eform/head.safetensors: damaged",
+              "mp_eform/history.csv: damaged", "mp_eform/last.pt: not listed", "mp_gvrh/module.json: dataset: '/data/alice'",
+              "mp_gvrh/README.md: missing", "mp_gvrh: starts from another theta_0", ".m.part-0123abcd: left by a save"]
+    assert [p[:len(s)] for p, s in zip(found, starts, strict=True)] == starts
+    assert len(hub.verify(root, ["jarvis_eform"])) == 1  # the left-over only
+
+
+def test_verify_reports_a_hub_without_theta_0(tmp_path):
+    root = make(tmp_path)
+    shutil.rmtree(root / "backbone")
+    assert [p.split(": ")[0] for p in hub.verify(root)] == [str(root / "backbone")]
+
+
+def test_list_prints_one_row_a_module(tmp_path, run):
+    code, rows, err = run("list", "--hub", make(tmp_path))
+    assert (code, err, len(rows)) == (0, [], 5)
+    assert rows[0].split() == ["name", "property", "unit", "kind", "rows", "val", "MAE", "MAE/MAD", "size"]
+    assert rows[3].split()[:-2] == ["mp_eform", "formation", "energy", "eV/atom", "full", "1000", "0.125", "0.25"]
+
+
+def test_list_goes_on_past_a_broken_card_and_exits_1(tmp_path, run):
+    root = make(tmp_path)
+    (root / "mp_eform" / "module.json").write_text("{")
+    code, rows, err = run("list", "--hub", root)
+    assert (code, len(rows), len(err)) == (1, 4, 1) and "mp_eform/module.json" in err[0]
+
+
+def test_show_prints_the_card_one_line_a_field(tmp_path, run):
+    root = make(tmp_path)
+    edit_card(root / "mp_eform", property="a\x1b[2J\nb")
+    code, rows, err = run("show", "mp_eform", "--hub", root)
+    assert (code, err) == (0, []) and "property            a?[2J?b" in rows
+    assert [row.split()[0] for row in rows[len(hub.CARD):]] == sorted(os.listdir(root / "mp_eform"))
+
+
+def test_verify_exits_1_and_names_what_is_wrong(tmp_path, run):
+    root = make(tmp_path)
+    assert run("verify", "--hub", root) == (0, [f"{root}: all in order"], [])
+    flip_byte(root / "mp_eform" / "module.safetensors")
+    code, rows, err = run("verify", "--hub", root)
+    assert (code, len(rows), err) == (1, 1, []) and "mp_eform/module.safetensors: damaged" in rows[0]
+    assert run("verify", "mp_gvrh", "--hub", root)[0] == 0
+
+
+@pytest.mark.parametrize("args", [["list"], ["show"], ["show", "../x"], ["show", "none"], ["verify", "none"], ["lst"], [],
+                                  ["list", "--what"], ["list", "--hub", "none"]])
+def test_wrong_input_is_one_line_on_stderr_and_exit_2(tmp_path, args, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    if args != ["list"]:
+        make(tmp_path)
+    code, out, err = run(*args)
+    assert (code, out, len(err)) == (2, [], 1)
+
+
+def test_the_command_ends_with_the_exit_code(tmp_path):
+    out = subprocess.run([sys.executable, hub.__file__, "verify", "--hub", tmp_path / "no"], capture_output=True, text=True)
+    assert (out.returncode, out.stdout, len(out.stderr.splitlines())) == (2, "", 1)
