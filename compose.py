@@ -2,9 +2,10 @@
 
     python compose.py --task dielectric --hub hub
 
-Writes the composed module, which finetune.py starts from, its composition.json and a chart of the weights, weights.png.
+Writes the composed module runs/dielectric/composed, which finetune.py starts from, with composition.json (weights,
+errors, merge gap), and beside it composed_weights.png; settings and skipped crystals are in .runs/composed.
 
-m: training crystals of the task. N: modules of the hub. C: channels. K: neighbours. g_j: a module, g_D: the composed one.
+m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a module. g_D: the composed one.
 """
 
 import hashlib
@@ -246,97 +247,97 @@ def stability(D, n: int, seed: int):
 
 
 def unique(D):
-    """Whether only one w is optimal: no direction d with D d = 0 and Σ d = 0."""
+    """Whether only one w is optimal: no direction d, to rounding, with D d = 0 and Σ d = 0."""
     m, N = D.shape
-    return m + 1 >= N and (N > DENSE or int(np.linalg.matrix_rank(np.vstack([D, np.ones(N)]))) == N)
+    if m + 1 < N or N > DENSE:
+        return m + 1 >= N
+    eigenvalues = np.linalg.eigvalsh(D.T @ D / m + 1)
+    return bool(eigenvalues[0] > 1e-12 * eigenvalues[-1])
 
 
 def merge_verdict(merged: float, mixture: float, theta_0: float | None):
-    """One sentence on the merge gap, and whether it is large: more than half of the mixture's gain over theta_0 lost.
+    """Sentences on the merge gap, and whether it is large: more than half of the mixture's gain over theta_0 lost.
 
     A mixture that gains less than a tenth of its own error has little to lose: the tenth then stands for the gain.
     """
     gap = merged - mixture
     gain = max((theta_0 if theta_0 is not None else 1.0) - mixture, 0.1 * mixture)
     large = gap > LARGE_GAP * gain
-    text = f"merge gap {gap:+.3f}: composed module {merged:.3f}, mixture of predictions {mixture:.3f}"
-    text += "" if theta_0 is None else f", theta_0 {theta_0:.3f}"
+    found = [f"merge gap {gap:+.3f}: composed module less mixture of predictions, in MSE / variance"]
     if large:
-        text += "\nLARGE: the composed module is not what the weights promise; train theta_0 longer, or the modules " \
-                "less far from it, or compose adapters"
-    return text, large
+        found.append("LARGE merge gap: the composed module is not what the weights promise. Train theta_0 longer, or "
+                     "the modules less far from it, or compose adapters")  # fmt: skip
+    return found, large
 
 
 # -------------------------------------------------------------------------------- representations, each computed once
 
 
 def make_embed(cfg, arch, kind, dataset, rows):
-    """Returns embed(key, load) -> (m, C): the crystals `rows`, each the mean over its atoms, under the tensors load() gives.
+    """Returns embed(key, load) -> (m, C): crystals `rows`, each the mean over its atoms, under the tensors load() gives.
 
-    key tells the tensors apart (their hash). Each result is a file named by key, structures and settings, so a module is
-    run once for a task, ever. Adapters run on stored atom features: one pass of the backbone for a whole hub of them.
-    load() may return None for adapters: theta_0, without any.
+    key tells the tensors apart (their hash). A result is a file named by key, structures and settings, so a module is
+    run once on a task, ever. Adapters run on stored atom features: one pass of the backbone for a whole hub of them;
+    with load() None they are left out, which is theta_0.
     """
     device = tm.pick_device(cfg.device)
     theta_0 = hub.read_card(Path(cfg.hub) / hub.BACKBONE)["tensors_sha256"] if kind == "adapter" else None
-    settings = {"arch": arch, "theta_0": theta_0, "pooling": "mean", "crystals": [dataset.hashes[i] for i in rows]}
+    settings = {"arch": arch, "theta_0": theta_0, "pooling": "mean", "version": data.CACHE_VERSION}
+    settings["crystals"] = [dataset.hashes[i] for i in rows]
     numbers = np.asarray(dataset.num_atoms)[rows]
-    end = np.cumsum(numbers)  # atoms of crystal i: end[i] - numbers[i] to end[i]
-    place = dict(zip(np.asarray(rows).tolist(), range(len(rows)), strict=True))
+    end = np.cumsum(numbers)  # the atoms of crystal i are end[i] - numbers[i] ... end[i]
+    place = {int(row): i for i, row in enumerate(rows)}
 
-    def batches(desc):
+    def passes(what):
         by_size = np.asarray(rows)[np.argsort(numbers, kind="stable")]
-        for batch in tqdm(tm.loader(dataset, by_size, cfg, share=False), desc, leave=False, disable=tm.silent(cfg)):
+        batches = tm.loader(dataset, by_size, cfg, share=False)
+        for batch in tqdm(batches, what, leave=False, disable=tm.silent(cfg)):
             yield [place[i] for i in batch["index"].tolist()], data.to_device(batch, device)
 
     @torch.no_grad()
-    def full(tensors):
+    def full(tensors, new):
         net = moma.build_backbone(arch)
         tm.load_tensors(net, tensors, "compose")
         net.to(device).eval()
-        X = np.empty((len(rows), net.width), np.float32)
-        for i, batch in batches("embed"):
+        X = new((len(rows), net.width))
+        for i, batch in passes("embed"):
             X[i] = net.embed(batch).float().cpu().numpy()
-        return X
 
     @torch.no_grad()
-    def features(net):
-        """What adapters read: (A, L, C), all atoms in the order of rows."""
-        x = np.empty((end[-1], net.num_features, net.adapter_width), np.float32)
-        for i, batch in batches("encode"):
+    def features(net, new):
+        x = new((end[-1], net.num_features, net.adapter_width))  # (A, L, C), the crystals in the order of rows
+        for i, batch in passes("encode"):
             atoms = np.concatenate([np.arange(end[j] - numbers[j], end[j]) for j in i])
             x[atoms] = net.atom_features(batch).float().cpu().numpy()
-        return x
 
     @torch.no_grad()
-    def adapter(tensors):
+    def adapter(tensors, new):
         net, adapters = tm.load_backbone(cfg.hub)[0].to(device).eval(), None
         if tensors is not None:
             adapters = moma.Adapters(arch)
             tm.load_tensors(adapters, tensors, "compose")
             adapters.to(device).eval()
-        x, X = cached(cfg, ["features", settings], lambda: features(net)), []
+        x = cached(cfg, ["features", settings], lambda new: features(net, new))
+        X = new((len(rows), net.width))
         for i in range(0, len(rows), cfg.batch_size):
-            n, stop = torch.as_tensor(numbers[i : i + cfg.batch_size]), end[min(i + cfg.batch_size, len(rows)) - 1]
+            n = torch.as_tensor(numbers[i : i + cfg.batch_size])
+            atoms = torch.tensor(x[end[i] - n[0] : end[i] - n[0] + n.sum()]).to(device)
             batch = {"num_atoms": n.to(device), "batch": torch.repeat_interleave(torch.arange(len(n)), n).to(device)}
-            atoms = torch.from_numpy(np.array(x[end[i] - numbers[i] : stop])).to(device)
-            X.append(moma.pool(net.readout(atoms, adapters), batch, "mean").float().cpu().numpy())
-        return np.concatenate(X)
+            X[i : i + len(n)] = moma.pool(net.readout(atoms, adapters), batch, "mean").float().cpu().numpy()
 
-    run_one = {"full": full, "adapter": adapter}[kind]
-    return lambda key, load: cached(cfg, [key, settings], lambda: run_one(load()))
+    fill = {"full": full, "adapter": adapter}[kind]
+    return lambda key, load: cached(cfg, [key, settings], lambda new: fill(load(), new))
 
 
-def cached(cfg, key, compute):
-    """The array of a file named by the hash of key; computed, and written in one step, where there is none."""
-    folder = Path(cfg.cache or data.CACHE) / "embeddings"
+def cached(cfg, key, fill):
+    """The array in the file named by the hash of key; where there is none, fill(new) first fills the array new(shape)."""
+    folder = data.cache_folder(cfg.cache) / "embeddings"
     file = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part = file.with_name(f"{file.stem}.{os.getpid()}.part")
         try:
-            with open(part, "wb") as f:
-                np.save(f, compute())
+            fill(lambda shape: np.lib.format.open_memmap(part, "w+", np.float32, tuple(map(int, shape))))
             os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
@@ -346,6 +347,79 @@ def cached(cfg, key, compute):
 # ---------------------------------------------------------------------------------------------------------- the stage
 
 
+def run(cfg):
+    """Compose one module for a task, or one for each of several. Returns what composition.json holds."""
+    if cfg.all or "," in cfg.task:
+        return run_several(cfg)
+    start, cards = time.monotonic(), candidates(cfg)
+    modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
+    sha = {name: card["tensors_sha256"] for name, card in cards.items()}
+    some = next(iter(cards.values()))
+    output = Path(cfg.output or f"runs/{cfg.task}/composed")
+    hub.module_dir(output.parent, output.name)
+    if output.exists() and not (output / "composition.json").exists():
+        raise ValueError(f"{output}: exists and is not a composed module; give another --output")
+    folder = output.parent / ".runs" / output.name
+    tm.claim(folder, cfg)
+
+    crystals, dataset, splits = tm.prepare(cfg, some["architecture"])
+    data.write_skipped(folder / "skipped.csv", crystals)
+    rows = few_shot(splits["train"], cfg.few_shot, cfg.seed)  # from here on nothing else is looked at
+    y = np.asarray(crystals.y, np.float64)[rows]
+    embed = make_embed(cfg, some["architecture"], some["kind"], dataset, rows)
+    g_D, w, amc = compose(
+        modules, lambda name: embed(sha[name], lambda: hub.load_tensors(modules[name])), y,
+        cfg.neighbors, cfg.temperature, lambda w: select(w, cfg.select, cfg.seed),
+    )  # fmt: skip
+
+    def error_of(name, key, load):
+        X = finite(embed(key, load), name)
+        return proxy_error(standardise([knn_estimate(X, y, cfg.neighbors, cfg.temperature)], y), [1])
+
+    D = standardise(amc["Y_hat"], y)
+    alone = (D**2).mean(axis=0)
+    parents = {name: float(w_j) for name, w_j in zip(modules, w, strict=True) if w_j > 0}
+    key = [[sha[name], w_j] for name, w_j in parents.items()]
+    errors = {  # leave-one-out; mean squared error / variance of the labels
+        "mixture": proxy_error(D, w),
+        "composed": error_of("(composed)", key if len(key) > 1 else key[0][0], lambda: g_D),
+        "amc": proxy_error(D, amc["w_amc"]),
+        "best_single": float(alone.min()),
+        "uniform": proxy_error(D, np.full(len(w), 1 / len(w))),
+        "theta_0": None,  # a hub of imported modules may lack it
+        "mean": (len(y) / (len(y) - 1)) ** 2,
+    }
+    theta_0 = Path(cfg.hub) / hub.BACKBONE
+    if theta_0.is_dir():
+        load = {"full": lambda: hub.load_tensors(theta_0), "adapter": lambda: None}[some["kind"]]
+        errors["theta_0"] = error_of("(theta_0)", some["backbone_sha256"], load)
+    verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"])
+    boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
+    names = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
+    columns = zip(w, amc["w_amc"], alone, *boot, strict=True)
+    values = [{k: x if x is None else float(x) for k, x in zip(names, row, strict=True)} for row in columns]
+    result = {
+        "task": crystals.task.name, "unit": data.unit_of(crystals.task), "rows_used": len(rows), "label_std": float(y.std()),
+        "modules": {name: {"tensors_sha256": sha[name], **v} for name, v in zip(modules, values, strict=True)},
+        "best_single": list(modules)[int(alone.argmin())], "errors": errors,
+        "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
+        "frank_wolfe_gap": amc["gap"], "solver": amc["solver"], "backbone_sha256": some["backbone_sha256"],
+        "neighbors": min(cfg.neighbors, len(y) - 1),
+        **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
+        "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(splits["train"])},
+        "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
+        "notes": verdict + notes(cfg, cards, crystals, D),
+    }  # fmt: skip
+    card = make_card(cfg, {name: cards[name] for name in parents}, parents, crystals, rows)
+    card["seconds"] = round(time.monotonic() - start, 1)
+    hub.save(output, g_D, card, extra={"composition.json": result}, overwrite=True)
+    chart = output.with_name(f"{output.name}_weights.png")
+    draw_weights(result, chart)
+    if not cfg.quiet:
+        print(report(result), f"{output}  {chart}", sep="\n")
+    return result | {"output": str(output)}
+
+
 def candidates(cfg):
     """{name: card} of the modules to choose from, checked against each other before any tensor is read."""
     cards = hub.list_modules(cfg.hub)
@@ -353,153 +427,52 @@ def candidates(cfg):
     for name in names:
         if name not in cards:
             raise ValueError(f"--modules {name}: not in {cfg.hub}, which has {', '.join(cards) or 'none'}")
-    cards = {n: c for n, c in cards.items() if (not names or n in names) and cfg.kind in ("", c["kind"])}
+    cards = {name: c for name, c in cards.items() if (not names or name in names) and cfg.kind in ("", c["kind"])}
     if not cards:
-        raise ValueError(f"{cfg.hub}: no {cfg.kind + ' ' if cfg.kind else ''}module to compose; train some with `make hub`")
+        raise ValueError(f"{cfg.hub}: no {cfg.kind} module to compose".replace("  ", " ") + "; train some with `make hub`")
+    if len({card["kind"] for card in cards.values()}) > 1:
+        raise ValueError(f"{cfg.hub}: has full and adapter modules, which do not mix; choose with --kind")
     hub.check_compatible(cards, cfg.hub)
+    theta_0, some = Path(cfg.hub) / hub.BACKBONE, next(iter(cards))
+    if theta_0.is_dir() and hub.read_card(theta_0)["tensors_sha256"] != cards[some]["backbone_sha256"]:
+        raise ValueError(f"{theta_0}: not the theta_0 that module {some} started from; put that one there, or train again")
     return cards
 
 
 def few_shot(rows, n: int, seed: int):
-    """n random rows, in order; the rows of a smaller n are among those of a larger one."""
-    if n < 0 or n > len(rows):
+    """n random rows, sorted; those of a smaller n are among those of a larger one."""
+    if not 0 <= n <= len(rows):
         raise ValueError(f"--few-shot {n}: the training split has {len(rows)} rows")
     return np.sort(np.random.default_rng(seed).permutation(rows)[:n]) if n else np.asarray(rows)
 
 
-def run(cfg):
-    """Compose one module for a task (or one for each of several). Returns what composition.json holds."""
-    if cfg.all or "," in cfg.task:
-        return run_several(cfg)
-    start = time.monotonic()
-    cards = candidates(cfg)
-    some = next(iter(cards.values()))
-    arch, kind = some["architecture"], some["kind"]
-    output = Path(cfg.output or f"runs/{cfg.task}/composed")
-    hub.module_dir(output.parent, output.name)
-    folder = output.parent / ".runs" / output.name
-    tm.claim(folder, cfg)
-
-    crystals, dataset, splits = tm.prepare(cfg, arch)  # from here on only training rows are looked at
-    tm.write_skipped(folder / "skipped.csv", crystals.skipped)
-    rows = few_shot(splits["train"], cfg.few_shot, cfg.seed)
-    y = np.asarray(crystals.y, np.float64)[rows]
-    embed = make_embed(cfg, arch, kind, dataset, rows)
-    modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
-    sha = {name: card["tensors_sha256"] for name, card in cards.items()}
-    g_D, w, amc = compose(
-        modules, lambda name: embed(sha[name], lambda: hub.load_tensors(modules[name])), y,
-        cfg.neighbors, cfg.temperature, lambda w: select(w, cfg.select, cfg.seed),
-    )  # fmt: skip
-
-    D = standardise(amc["Y_hat"], y)
-    error_of = lambda X, name: proxy_error(standardise([knn_estimate(finite(X, name), y, cfg.neighbors, cfg.temperature)], y), [1])
-    parents = {name: float(w_j) for name, w_j in zip(modules, w, strict=True) if w_j > 0}
-    key = [[sha[name], w_j] for name, w_j in parents.items()]
-    merged = error_of(embed(key[0][0] if len(key) == 1 else key, lambda: g_D), "(composed)")
-    alone = (D**2).mean(axis=0)
-    errors = {
-        "mixture": proxy_error(D, w),
-        "composed": merged,
-        "amc": proxy_error(D, amc["w_amc"]),
-        "best_single": float(alone.min()),
-        "uniform": proxy_error(D, np.full(len(w), 1 / len(w))),
-        "theta_0": theta_0_error(cfg, some, kind, embed, error_of),
-        "mean": (len(y) / (len(y) - 1)) ** 2,  # leave-one-out as well
-    }
-    verdict, large = merge_verdict(merged, errors["mixture"], errors["theta_0"])
-    boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
-    columns = zip(modules, w, amc["w_amc"], alone, *boot, strict=True)
-    names = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
-    result = {
-        "task": crystals.task.name,
-        "modules": {name: {"tensors_sha256": sha[name], **dict(zip(names, map(plain, row), strict=True))} for name, *row in columns},
-        "best_single": list(modules)[int(alone.argmin())],
-        "errors": errors,  # leave-one-out, MSE / variance of the labels
-        "label_std": float(y.std()),
-        "unit": data.unit_of(crystals.task),
-        "merge_gap": merged - errors["mixture"],
-        "merge_gap_large": large,
-        "weights_unique": unique(D),
-        "frank_wolfe_gap": amc["gap"],
-        "solver": amc["solver"],
-        "select": cfg.select,
-        "neighbors": min(cfg.neighbors, len(y) - 1),
-        "temperature": cfg.temperature,
-        "rows_used": len(rows),
-        "few_shot": cfg.few_shot,
-        "seed": cfg.seed,
-        "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(splits["train"])},
-        "bootstrap": cfg.bootstrap,
-        "backbone_sha256": some["backbone_sha256"],
-        "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
-        "notes": notes(D, cards, crystals, verdict, cfg),
-    }
-    card = make_card(cfg, crystals, {name: cards[name] for name in parents}, parents, rows, time.monotonic() - start)
-    hub.save(output, g_D, card, extra={"composition.json": result}, overwrite=True)
-    chart = output.with_name(f"{output.name}_weights.png")
-    draw_weights(result, chart)
-    if not cfg.quiet:
-        print(report(result) + f"\n{output}  {chart}")
-    return result | {"output": str(output)}
-
-
-def theta_0_error(cfg, card, kind, embed, error_of):
-    """Leave-one-out error under the common starting point; None where the hub does not have it."""
-    path = Path(cfg.hub) / hub.BACKBONE
-    if not path.is_dir():
-        return None
-    sha = hub.read_card(path)["tensors_sha256"]
-    if sha != card["backbone_sha256"]:
-        raise ValueError(f"{path}: not the theta_0 that the modules started from; put the right one there, or train them again")
-    return error_of(embed(sha, lambda: hub.load_tensors(path) if kind == "full" else None), "(theta_0)")
-
-
-def plain(x):
-    return None if x is None else float(x)
-
-
-def notes(D, cards, crystals, verdict, cfg):
+def notes(cfg, cards, crystals, D):
     """What a user should hear about this composition, one sentence each."""
     m, N = D.shape
-    found = verdict.split("\n")
+    same = [name for name, card in cards.items() if card.get("dataset_fingerprint") == crystals.fingerprint]
+    found = [f"module {name} was trained on these very rows: its error here is not out of sample" for name in same]
     if not unique(D):
         found.append(f"the weights are not unique ({m} rows, {N} modules): others fit the training rows as well")
     if cfg.neighbors > m - 1:
-        found.append(f"K={m - 1} neighbours, as the training split has only {m} crystals")
-    for name, card in cards.items():
-        if card["dataset_fingerprint"] == crystals.fingerprint:
-            found.append(f"module {name} was trained on these very rows, so its error here is not out of sample")
+        found.append(f"K={m - 1}, not {cfg.neighbors}: there are only {m} crystals")
     return found
 
 
-def make_card(cfg, crystals, cards, parents, rows, seconds):
+def make_card(cfg, cards, parents, crystals, rows):
     """The composed module's card (design 3). cards: those of the modules merged; parents: {name: weight}."""
     task, some = crystals.task, next(iter(cards.values()))
     return {
-        "kind": some["kind"],
-        "architecture": some["architecture"],
-        "graph": some["graph"],
-        "backbone_sha256": some["backbone_sha256"],
-        "property": task.name,
-        "unit": task.unit,
-        "transform": task.transform,
-        "pooling": task.pooling,
-        "dataset": Path(task.dataset).name,  # a user's path stays here
-        "dataset_fingerprint": crystals.fingerprint,
-        "rows_used": len(rows),
-        "rows_skipped": len(crystals.skipped),
-        "elements": sorted({z for card in cards.values() for z in card["elements"] or []}),
-        "seed": cfg.seed,
-        "split_seed": cfg.split_seed,
+        **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")},
+        "property": task.name, "unit": data.unit_of(task), "physical_unit": task.unit, "transform": task.transform,
+        "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
+        "rows_used": len(rows), "rows_skipped": len(crystals.skipped), "seed": cfg.seed, "split_seed": cfg.split_seed,
+        "elements": sorted({z for card in cards.values() for z in card.get("elements") or []}),
         "split": {"train": len(rows), "file": Path(cfg.split_file).name},
         "training": {"composed": cfg.select, "neighbors": cfg.neighbors, "temperature": cfg.temperature},
-        "seconds": round(seconds, 1),
-        "hardware": tm.hardware(cfg),
         "parents": [{"name": name, "tensors_sha256": card["tensors_sha256"]} for name, card in cards.items()],
         "weights": list(parents.values()),
-        **{k: strictest(card.get(k) for card in cards.values()) for k in ("license_code", "license_weights", "license_data")},
-    }
+        **{f"license_{k}": strictest(card.get(f"license_{k}") for card in cards.values()) for k in ("code", "weights", "data")},
+    }  # fmt: skip
 
 
 def strictest(licences):
@@ -512,31 +485,70 @@ def strictest(licences):
     return "; ".join(sorted({x or "unknown" for x in licences}, key=lambda x: (rank(x), x), reverse=True))
 
 
+def run_several(cfg):
+    """One composition for each task, and a heat map of all weights. --all leaves out tasks whose data are not here."""
+    candidates(cfg)  # a hub that cannot be composed is an error at once
+    names, left_out = [name.strip() for name in cfg.task.split(",") if name.strip()], []
+    if cfg.all:
+        names, left_out = downstream_tasks(cfg)
+    folder, results = Path(cfg.output or "runs"), {}
+    for name in names:
+        one = replace(cfg, task=name, all=False, output=str(folder / name / "composed"))
+        results[name] = run(replace(one, split_file=cfg.split_file.replace("{task}", name)))
+    picture = folder / "heat_map.png"
+    draw_heat_map(results, picture)
+    weights = {task: {name: x["weight"] for name, x in r["modules"].items()} for task, r in results.items()}
+    tm.write_atomic(picture.with_suffix(".json"), lambda f: f.write(json.dumps(weights, indent=2).encode()))
+    tm.say(cfg, f"{picture}: {len(results)} tasks" + (f"; no data for {', '.join(left_out)}" if left_out else ""))
+    return {"results": results, "left_out": left_out, "output": str(picture)}
+
+
+def downstream_tasks(cfg):
+    """Downstream tasks whose data are here, and those whose are not."""
+    table, here, left_out = data.read_tasks(cfg.tasks) if cfg.tasks else data.TASKS, [], []
+    if cfg.data == "demo":
+        import demo
+
+        table = demo.TASKS
+    for task in [data.get_task(name, cfg.tasks, cfg.data) for name in table]:
+        if task.role == "downstream":
+            try:
+                if cfg.data != "demo":
+                    data.find_source(task)
+                here.append(task.name)
+            except FileNotFoundError as error:
+                left_out.append(task.name)
+                tm.say(cfg, f"{task.name} left out: {error}")
+    if not here:
+        raise FileNotFoundError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
+    return here, left_out
+
+
 # ------------------------------------------------------------------------------------------------- report and pictures
 
 
 def report(r):
     """The table of the weights and the errors behind them, for the screen."""
-    wide = max(len(name) for name in [*r["modules"], "predicting the mean"])
-    lines = [f"{r['task']}: {r['rows_used']} training rows, K={r['neighbors']}, temperature {r['temperature']:g}, {r['select']}"]
-    lines.append(f"{'module':<{wide}}  weight  bootstrap          in  error alone")
+    how = f"K={r['neighbors']}, temperature {r['temperature']:g}, {r['select']}"
+    lines = [f"{r['task']}: {r['rows_used']} training rows, {how}"]
+    wide = max(map(len, r["modules"]))
+    lines.append(f"{'module':<{wide}}  weight   bootstrap mean, sd, chosen   error alone")
     for name, x in sorted(r["modules"].items(), key=lambda item: -item[1]["weight"]):
-        boot = "-" if x["bootstrap_mean"] is None else f"{x['bootstrap_mean']:.3f} +- {x['bootstrap_sd']:.3f}  {x['bootstrap_share']:4.0%}"
-        lines.append(f"{name:<{wide}}  {x['weight']:6.3f}  {boot:<20} {x['error']:11.3f}")
-    lines.append(f"leave-one-out error, MSE / variance; RMSE in {r['unit'] or 'units of the label'}")
-    said = {
-        "mixture": "mixture of predictions", "composed": "composed module", "best_single": f"best alone, {r['best_single']}",
-        "uniform": "all alike", "theta_0": "theta_0", "mean": "predicting the mean",
-    }  # fmt: skip
-    wide = max(map(len, said.values()))
-    for k, text in said.items():
-        if r["errors"][k] is not None:
-            lines.append(f"  {text:<{wide}}  {r['errors'][k]:8.3f}  {r['errors'][k] ** 0.5 * r['label_std']:10.4g}")
+        b = [x[f"bootstrap_{k}"] for k in ("mean", "sd", "share")]
+        text = "-" if b[0] is None else f"{b[0]:.3f} +- {b[1]:.3f} {b[2]:7.0%}"
+        lines.append(f"{name:<{wide}}  {x['weight']:6.3f}   {text:>26}   {x['error']:11.3f}")
+    unit = r["unit"] or "units of the label"
+    lines.append(f"{'leave-one-out error':<{wide + 18}}  MSE/variance   RMSE, {unit}")
+    said = {"mixture": "mixture of predictions", "composed": "composed module", "amc": "AMC's own mixture"}
+    said |= {"best_single": f"best module, {r['best_single']}", "uniform": "mixture of all alike", "theta_0": "theta_0"}
+    for k, text in {**said, "mean": "predicting the mean"}.items():
+        if r["errors"][k] is not None and (k != "amc" or r["select"] != "amc"):
+            lines.append(f"  {text:<{wide + 16}}  {r['errors'][k]:12.3f}   {r['errors'][k] ** 0.5 * r['label_std']:.4g}")
     return "\n".join([*lines, *r["notes"], f"{r['solver']}, Frank-Wolfe gap {r['frank_wolfe_gap']:.1e}"])
 
 
 def draw_weights(r, path):
-    """Bars of the weights; a line spans one standard deviation of the bootstrap on either side of its mean."""
+    """Bars: the weights. Dots and lines: mean and standard deviation over the bootstrap."""
     from matplotlib.figure import Figure
 
     items = sorted(r["modules"].items(), key=lambda item: item[1]["weight"])
@@ -545,8 +557,9 @@ def draw_weights(r, path):
     ax.barh([name for name, _ in items], [x["weight"] for _, x in items], color="#4878a8")
     for i, (_, x) in enumerate(items):
         if x["bootstrap_mean"] is not None:
-            ax.errorbar(x["bootstrap_mean"], i, xerr=x["bootstrap_sd"], color="#222222", fmt=".", markersize=4, linewidth=1)
-    ax.set(xlabel="weight (bars); bootstrap mean and sd (dots)", title=f"{r['task']}, {r['rows_used']} rows", xlim=(0, None))
+            ax.errorbar(x["bootstrap_mean"], i, xerr=x["bootstrap_sd"], color="#222222", fmt=".", linewidth=1)
+    ax.set(xlabel="weight (bars); bootstrap mean and sd (dots)", title=f"{r['task']}, {r['rows_used']} rows")
+    ax.set_xlim(left=0)
     tm.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
 
 
@@ -555,39 +568,17 @@ def draw_heat_map(results, path):
     from matplotlib.figure import Figure
 
     tasks, modules = list(results), sorted({name for r in results.values() for name in r["modules"]})
-    W = np.array([[results[t]["modules"].get(g, {"weight": 0})["weight"] for g in modules] for t in tasks])
+    W = np.array([[results[task]["modules"].get(g, {"weight": 0})["weight"] for g in modules] for task in tasks])
     fig = Figure(figsize=(2.5 + 0.5 * len(modules), 1.8 + 0.4 * len(tasks)), layout="constrained")
     ax = fig.subplots()
-    image = ax.imshow(W, cmap="Blues", vmin=0, vmax=max(W.max(), 1e-9), aspect="auto")
+    image = ax.imshow(W, cmap="Blues", vmin=0, aspect="auto")
     ax.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
     ax.set_yticks(range(len(tasks)), tasks)
     for i, j in zip(*np.nonzero(W >= 0.005)):
-        ax.text(j, i, f"{W[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if W[i, j] > 0.6 * W.max() else "black")
+        color = "white" if W[i, j] > 0.6 * W.max() else "black"
+        ax.text(j, i, f"{W[i, j]:.2f}", ha="center", va="center", fontsize=7, color=color)
     fig.colorbar(image, label="weight")
     tm.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
-
-
-def run_several(cfg):
-    """One composition for each task, and a heat map of all weights. --all leaves out tasks whose data are not here."""
-    names = [name.strip() for name in cfg.task.split(",") if name.strip()]
-    if cfg.all:
-        names = data.task_names("downstream", cfg.tasks, cfg.data)
-    folder, results, missing = Path(cfg.output or "runs"), {}, []
-    for name in names:
-        try:
-            results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name / "composed")))
-        except FileNotFoundError as error:
-            if not cfg.all:
-                raise
-            missing.append(name)
-            tm.say(cfg, f"{name} left out: {error}")
-    if not results:
-        raise FileNotFoundError(f"none of the tasks {', '.join(names)} has its data here; see the lines above")
-    picture = folder / "heat_map.png"
-    draw_heat_map(results, picture)
-    tm.write_text(folder / "heat_map.json", json.dumps({t: {g: x["weight"] for g, x in r["modules"].items()} for t, r in results.items()}, indent=2) + "\n")
-    tm.say(cfg, f"{picture}: {len(results)} tasks" + (f"; left out, no data: {', '.join(missing)}" if missing else ""))
-    return {"results": results, "left_out": missing, "output": str(picture)}
 
 
 if __name__ == "__main__":

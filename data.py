@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
@@ -189,12 +188,12 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
     if data == "demo":
         import demo
 
+        name = name if name in demo.TASKS else f"demo_{name}"
         if name not in demo.TASKS:
-            raise ValueError(f"--task {name}: the embedded crystals have no such task; they have {', '.join(demo.TASKS)}")
-        known = demo.TASKS[name]
-        if not isinstance(known, Task):
-            known = Task(name, **{k: v for k, v in known.items() if k in Task.__dataclass_fields__ and k != "name"})
-        return replace(known, dataset=f"demo:{name}", **overrides)
+            raise ValueError(f"--task {name[5:]}: the embedded crystals have no such task; they have {', '.join(demo.TASKS)}")
+        known = {k: v for k, v in demo.TASKS[name].items() if k in Task.__dataclass_fields__}
+        forces = "forces" if known["role"] == "pretrain" else ""
+        return replace(Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **known), **overrides)
     tasks = read_tasks(tasks_file) if tasks_file else {}
     if name not in tasks and name in ALIASES:
         name = ALIASES[name]
@@ -230,6 +229,15 @@ def read_tasks(path) -> dict:
         here = path.parent / source
         tasks[name] = Task(**{**values, "name": name, "dataset": str(here) if here.exists() or "/" in source or "." in source else source})
     return tasks
+
+
+def task_names(role: str, tasks_file="", data="") -> list:
+    """Names of the tasks of one role, of the embedded crystals, the tasks file or TASKS."""
+    if data == "demo":
+        import demo
+
+        return [name for name, task in demo.TASKS.items() if task["role"] == role]
+    return [name for name, task in (read_tasks(tasks_file) if tasks_file else TASKS).items() if task.role == role]
 
 
 def unit_of(task: Task) -> str:
@@ -283,7 +291,7 @@ class Crystals:
         self.num_rows = self.num_rows or len(self.ids)
 
 
-def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False) -> Crystals:
+def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False, cache_dir="") -> Crystals:
     """Read the task's source. Rows that cannot be used are skipped by rule and counted; on_error="stop" raises instead.
 
     limit: the first `limit` usable rows of a fixed random order, so that subsets are random and nested.
@@ -291,7 +299,7 @@ def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False) ->
     """
     if on_error not in ("skip", "stop"):
         raise ValueError(f"--on-error {on_error}: 'skip' or 'stop'")
-    task, source, rows = read_rows(task, quiet)
+    task, source, rows = read_rows(task, cache_dir, quiet)
     problems = label_problems(task, source, rows, need_target)  # (R,) "" where the row is usable
     mine = np.arange(len(problems))
     if task.subset:
@@ -322,7 +330,7 @@ def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False) ->
         pbc=rows["pbc"][keep],
         y=rows["y"][keep],
         row=keep,
-        split=[str(rows["column:split"][i]) for i in keep] if "column:split" in rows and rows["has_split"] else None,
+        split=[str(s) for s in rows["column:split"][keep]] if "column:split" in rows else None,
         skipped=[(str(ids[i]), str(problems[i])) for i in bad],
         forces=[rows["forces"][s] for s in parts] if task.forces_column else None,
         num_rows=len(problems),
@@ -409,17 +417,17 @@ class Skip(Exception):
     """A row that cannot be used. Its text is "rule: detail"."""
 
 
-def read_rows(task: Task, quiet=False):
-    """Every row of the task's source as flat arrays, through the cache. Returns (task with its columns resolved, source, rows).
+def read_rows(task: Task, cache_dir="", quiet=False):
+    """Every row of the task's source as flat arrays, through the cache. Returns (task, its target column filled in; source; rows).
 
     rows: id (R,) str; count (R,) atoms, 0 where the structure is unusable; reason (R,) str; Z, pos, forces over all atoms;
     cell (R, 3, 3); pbc (R,); key (R,) duplicate_key; "column:NAME" (R,) one array for every column of numbers or words.
     """
-    if task.dataset.startswith("demo:"):
-        return *resolve_columns(task, rows := collect(demo_rows(task), task, quiet), task.dataset), rows
-    path = find_source(task)
-    wanted = f"{CACHE_VERSION}|{path.resolve()}|{path_state(path)}|{task.structure_column}|{task.forces_column}|{task.id_column}"
-    cached = cache_folder() / f"rows-{hashlib.sha256(wanted.encode()).hexdigest()[:24]}.npz"
+    demo_name = task.dataset.removeprefix("demo:") if task.dataset.startswith("demo:") else ""
+    path = Path(importlib.util.find_spec("demo").origin) if demo_name else find_source(task)
+    forces = task.forces_column or bool(task.target_column)
+    key = [CACHE_VERSION, str(path.resolve()), path_state(path), demo_name, task.structure_column, forces, task.id_column]
+    cached = cache_folder(cache_dir) / f"rows-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
     rows = None
     if cached.exists():
         try:
@@ -428,9 +436,9 @@ def read_rows(task: Task, quiet=False):
         except (OSError, ValueError, KeyError, EOFError):
             rows = None  # damaged: read the source again
     if rows is None:
-        rows = collect(source_rows(path, task), task, quiet)
+        rows = collect(demo_rows(demo_name) if demo_name else source_rows(path, task), task, quiet)
         store_rows(cached, rows)
-    return *resolve_columns(task, rows, path), rows
+    return resolve_target(task, rows), task.dataset if demo_name else str(path), rows
 
 
 CACHE_VERSION = 1  # raise when collect() or build_graphs() writes something else
@@ -445,14 +453,13 @@ def store_rows(path: Path, rows):
     """Atomic. A cache that cannot be written costs time only, so that is said and not raised."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            with os.fdopen(handle, "wb") as f:
+            with open(part, "wb") as f:
                 np.savez(f, **rows)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         print(f"{path.parent}: the parsed rows cannot be cached ({error.strerror}); set MOMA_CACHE to a folder that can be written", file=sys.stderr)
 
@@ -470,11 +477,11 @@ def collect(stream, task, quiet=False):
     """
     Z, pos, cell, forces, pbc, reasons, keys, table, names = [], [], [], [], [], [], [], [], {}
     for structure, values in progress(stream, "reading", quiet):
+        if not table and not task.target_column and values.get("forces") is not None:
+            task = replace(task, forces_column="forces")  # an xyz file with energies and forces needs no flags
         try:
             z, x, box = to_arrays(structure)
-            f = None
-            if task.forces_column:
-                f = read_forces(values.get(task.forces_column), len(z))
+            f = read_forces(values.get(task.forces_column), len(z)) if task.forces_column else None
             reasons.append("")
             keys.append(duplicate_key(z, x, box))
             pbc.append(bool(box.any()))
@@ -495,7 +502,6 @@ def collect(stream, task, quiet=False):
         "pbc": np.array(pbc, dtype=bool),
         "reason": np.array(reasons, dtype=str),
         "key": np.array(keys, dtype=str),
-        "has_split": np.array("split" in names),
     }
     if task.forces_column:
         rows["forces"] = np.concatenate([np.zeros((0, 3)), *forces])
@@ -511,8 +517,8 @@ def collect(stream, task, quiet=False):
     ids, seen = [], Counter()
     for i, r in enumerate(table):
         value = r.get(column)
-        value = f"{value:g}" if isinstance(value, float) and value == value and abs(value) < 1e15 else "" if value is None else str(value)
-        value = value if value not in ("", "nan") else str(i)
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        value = str(i) if value is None or value != value or value == "" else str(value)  # value != value: NaN
         seen[value] += 1
         ids.append(value if seen[value] == 1 else f"{value}#{i}")
     rows["id"] = np.array(ids, dtype=str)
@@ -556,14 +562,17 @@ def as_numbers(values):
     return np.array([number(v) for v in values], dtype=np.float64)
 
 
-def resolve_columns(task, rows, source):
-    """Fill an empty target_column, where the table leaves no doubt. Returns (task, source as shown to the user)."""
-    if not task.target_column:
-        names = columns_of(rows)
-        numbers = [n for n in names if rows[f"column:{n}"].dtype.kind == "f" and n not in ID_COLUMNS]
-        choice = next((n for n in ("target", "energy") if n in names), numbers[0] if len(numbers) == 1 else "")
-        task = replace(task, target_column=choice)
-    return task, source
+def resolve_target(task, rows):
+    """Fill an empty target_column where the table leaves no doubt."""
+    if task.target_column:
+        return task
+    names = columns_of(rows)
+    numbers = [n for n in names if rows[f"column:{n}"].dtype.kind == "f" and n not in ID_COLUMNS]
+    choice = next((n for n in ("target", "energy") if n in names), numbers[0] if len(numbers) == 1 else "")
+    forces = "forces" if "forces" in rows else ""
+    if choice == "energy" and not task.unit:
+        task = replace(task, unit="eV", pooling="sum")
+    return replace(task, target_column=choice, forces_column=forces)
 
 
 def label_problems(task, source, rows, need_target):
@@ -642,8 +651,7 @@ def find_source(task: Task) -> Path:
 def fetch(name, path: Path) -> str:
     """Download a matminer data set by matminer's own address and hash. Returns "" or why it did not work."""
     try:
-        from matminer.datasets import get_all_dataset_info  # noqa: F401, is matminer here
-        from matminer.datasets.dataset_retrieval import get_dataset_attribute
+        from matminer.datasets import get_dataset_attribute
     except ImportError:
         return "matminer is not installed"
     try:
@@ -654,22 +662,22 @@ def fetch(name, path: Path) -> str:
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         print(f"fetching {name} from {url}", file=sys.stderr)
         digest = hashlib.sha256()
         request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
-        with urllib.request.urlopen(request, timeout=15) as response, open(part, "wb") as f:
-            while block := response.read(1 << 20):
-                digest.update(block)
-                f.write(block)
+        with urllib.request.urlopen(request, timeout=15) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as f:
+                while block := response.read(1 << 20):
+                    digest.update(block)
+                    f.write(block)
         if digest.hexdigest() != sha256:
             return f"{url} does not have the hash that matminer expects"
         os.replace(part, path)
     except OSError as error:
         return f"{url}: {getattr(error, 'reason', None) or error.strerror or error}"
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
     return ""
 
 
@@ -690,17 +698,14 @@ def source_rows(path: Path, task):
     return iter([(path, {"id": structure_name(path)})])
 
 
-def demo_rows(task):
+def demo_rows(name):
+    """The embedded crystals."""
     import demo
 
-    made = demo.make(task.dataset.removeprefix("demo:"))
-    column = task.target_column or "target"
-    for i, name in enumerate(made["ids"]):
-        values = {"id": str(name), column: float(made["y"][i])}
-        if task.forces_column:
-            values[task.forces_column] = made["forces"][i]
-        cell = np.asarray(made["cell"][i], dtype=np.float64)
-        yield (made["Z"][i], made["pos"][i], cell, np.full(3, cell.any())), values
+    made = demo.make(name)
+    for i, identity in enumerate(made["ids"]):
+        values = {"id": identity, "target": float(made["y"][i]), "forces": made["forces"][i] if made["forces"] else None}
+        yield (made["Z"][i], made["pos"][i], made["cell"][i], np.full(3, made["pbc"][i])), values
 
 
 def csv_rows(path: Path):
@@ -785,6 +790,8 @@ def table_rows(path: Path, task):
             columns = value
             continue
         if kind == "whole":  # one structure, or a list of bare structures
+            if "sites" not in value:
+                raise ValueError(f"{path}: neither a table (pandas orient='split' or 'records') nor a pymatgen structure")
             yield value, {"id": structure_name(Path(path.name.removesuffix(".gz")))}
             continue
         if isinstance(value, dict) and "sites" in value:
@@ -842,27 +849,22 @@ def json_stream(path: Path, block=1 << 22):
                     yield "row", value
                 return
             at += 1
-            first, rest, columns = True, {}, False
+            columns = False
             while peek(" \t\r\n,") != "}":
                 key = take()
-                if peek(" \t\r\n:") == "[" and key == "data" and columns:
+                peek(" \t\r\n:")
+                if key == "data" and columns:
                     for value in items():
                         yield "row", value
-                elif key in ("columns", "index", "data"):
+                elif key in ("columns", "index"):
                     value = take()
-                    columns = columns or key == "columns"
                     if key == "columns":
+                        columns = True
                         yield "columns", value
-                    rest[key] = True
-                elif first:  # a structure's own dictionary: read it in one piece
+                else:  # no table
                     f.seek(0)
                     yield "whole", json.load(f)
                     return
-                else:
-                    at = decoder.raw_decode(text, at)[1] if peek() not in "[{\"" else (take(), at)[1]
-                first = False
-            if not columns:
-                raise ValueError(f"{path}: no list of columns before the data; write it with pandas to_json(orient='split')")
         except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError, OSError):
             raise ValueError(damaged) from None
 
@@ -901,7 +903,7 @@ def to_arrays(structure):
     if outside.any():
         raise Skip(f"element outside 1..118: {Z[outside][0]}")
     if not periodic.any():
-        pos, cell = pos - pos.mean(axis=0), np.zeros((3, 3))
+        cell = np.zeros((3, 3))
     else:
         if not periodic.all():
             cell = add_vacuum(pos, cell, periodic)
@@ -994,6 +996,7 @@ def read_structure(path: Path):
 
         with warnings.catch_warnings():  # pymatgen warns of rounded coordinates and the like
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message="Elements in POSCAR cannot be determined")  # it would invent some
             if path.suffix.lower() in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR")):
                 from pymatgen.io.vasp import Poscar
 
@@ -1054,8 +1057,8 @@ def read_split(crystals, path: Path):
 
 
 def checked(splits, source):
-    for name, part in splits.items():
-        if not len(part):
+    for name in ("train", "val"):
+        if not len(splits[name]):
             raise ValueError(f"{source}: no usable row in part '{name}'")
     everything = np.concatenate(list(splits.values()))
     if len(np.unique(everything)) < len(everything):
@@ -1130,56 +1133,31 @@ class GraphConfig:
 TIE = 1e-3  # angstrom: neighbours this close to the k-th nearest count as equally near
 
 
-def radius_graph(pos, cell, pbc, num_atoms, r):
-    """Every pair within r of each other, periodic images included, for several structures at once.
+def radius_graph(pos, cell, periodic, r):
+    """Every pair of atoms of one structure within r of each other, periodic images included.
 
-    pos (A, 3) wrapped into the cell, cell (B, 3, 3), pbc (B,), num_atoms (B,); float64, angstrom. Returns src, dst (E,),
-    offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies within r of dst. Sorted by dst, src, offset.
+    pos (A, 3), cell (3, 3) with lattice vectors as rows; float64, angstrom; any atom may lie outside the cell. Returns
+    src, dst (E,), offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies within r of dst. Sorted by
+    dst, then src, then offset with the third axis fastest.
     """
-    B = len(num_atoms)
-    first = torch.cumsum(num_atoms, 0) - num_atoms  # first atom of each structure
-    of = torch.repeat_interleave(torch.arange(B), num_atoms)
-    periodic = pbc[:, None, None]
-    inverse = torch.linalg.inv(torch.where(periodic, cell, torch.eye(3, dtype=cell.dtype)))
-    frac = torch.einsum("ai,aij->aj", pos, inverse[of])
-    reach = torch.where(pbc[:, None], r * inverse.norm(dim=1), 0)  # r / height, height between opposite faces
-    low = torch.full((B, 3), math.inf, dtype=pos.dtype).scatter_reduce(0, of[:, None].expand(-1, 3), frac, "amin")
-    high = torch.full((B, 3), -math.inf, dtype=pos.dtype).scatter_reduce(0, of[:, None].expand(-1, 3), frac, "amax")
-
-    # offsets that can bring some atom of the structure within r of another: a box of integers for each structure
-    n_min = torch.where(pbc[:, None], torch.ceil(low - reach - high - 1e-9), 0).long()
-    n_max = torch.where(pbc[:, None], torch.floor(high + reach - low + 1e-9), 0).long()
-    size = n_max - n_min + 1
-    b, n = ragged_arange(size.prod(1))
-    s1, s2 = size[b, 1], size[b, 2]
-    offsets = n_min[b] + torch.stack([n // (s1 * s2), n // s2 % s1, n % s2], dim=1)  # third axis fastest
-
-    # source images: every (atom, offset) that comes within r of the box of target atoms
-    count = size.prod(1)
-    atom, k = ragged_arange(count[of])
-    o = offsets[(torch.cumsum(count, 0) - count)[of[atom]] + k]
-    f = frac[atom] + o
-    near = ((f >= (low - reach)[of[atom]] - 1e-9) & (f <= (high + reach)[of[atom]] + 1e-9)).all(1)
-    atom, o = atom[near], o[near]
-    image = pos[atom] + torch.einsum("ni,nij->nj", o.to(pos.dtype), cell[of[atom]])
-    images = torch.bincount(of[atom], minlength=B)
-    first_image = torch.cumsum(images, 0) - images
-
-    # targets x source images
-    dst, k = ragged_arange(images[of])
-    j = first_image[of][dst] + k
-    x, y, z = image.T.contiguous(), pos.T.contiguous(), None
-    z = [x[i][j] - y[i][dst] for i in range(3)]
-    d2 = z[0] * z[0] + z[1] * z[1] + z[2] * z[2]
-    keep = torch.nonzero((d2 <= (r + 1e-8) ** 2) & (d2 > 1e-4)).squeeze(1)
-    dst, j = dst[keep], j[keep]
-    return atom[j], dst, o[j], d2[keep].sqrt()
-
-
-def ragged_arange(counts):
-    """counts (N,) -> owner and position of every element: [2, 3] -> [0, 0, 1, 1, 1], [0, 1, 0, 1, 2]."""
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return owner, torch.arange(len(owner)) - (torch.cumsum(counts, 0) - counts)[owner]
+    A, r2 = len(pos), (r + 1e-8) ** 2
+    offsets = torch.zeros(1, 3, dtype=torch.long)
+    if periodic:
+        inverse = torch.linalg.inv(cell)
+        frac = pos @ inverse
+        reach = r * inverse.norm(dim=0) + 1e-9  # r / height, height being the distance between opposite faces
+        low, high = frac.amin(0) - reach, frac.amax(0) + reach  # where an image must lie to be near some atom
+        axes = [torch.arange(a, b + 1) for a, b in zip((low - frac.amax(0)).ceil().int(), (high - frac.amin(0)).floor().int())]
+        offsets = torch.cartesian_prod(*axes)
+    src, n = torch.arange(A).repeat_interleave(len(offsets)), offsets.repeat(A, 1)
+    if periodic:
+        f = frac[src] + n
+        near = torch.nonzero(((f >= low) & (f <= high)).all(1)).squeeze(1)
+        src, n = src[near], n[near]
+    image = (pos[src] + n.to(pos.dtype) @ cell).T.contiguous()  # (3, J)
+    d2 = sum((image[i] - pos[:, i : i + 1]).square_() for i in range(3))  # (A, J)
+    dst, j = torch.nonzero((d2 <= r2) & (d2 > 1e-4), as_tuple=True)  # 1e-4: an atom is not its own neighbour
+    return src[j], dst, n[j], d2[dst, j].sqrt()
 
 
 def kth_distance(d, dst, order, first, count, k):
@@ -1198,9 +1176,15 @@ def build_graphs(structures, graph):
     num_atoms = torch.tensor([len(Z) for Z, *_ in structures])
     pos = torch.from_numpy(np.concatenate([p for _, p, *_ in structures]))
     cell = torch.from_numpy(np.stack([c for _, _, c, _ in structures]))
-    pbc = torch.tensor([bool(p) for *_, p in structures])
+    pbc = [bool(p) for *_, p in structures]
     radius = max([graph.cutoff] + [getattr(graph, f"cutoff_{g}") for g in ("a2ee2a", "qint", "a2a") if getattr(graph, g)])
-    src, dst, offset, d = radius_graph(pos, cell, pbc, num_atoms, radius)
+    first_atom = (torch.cumsum(num_atoms, 0) - num_atoms).tolist()
+    found = [radius_graph(pos[i : i + n], c, p, radius) for i, n, c, p in zip(first_atom, num_atoms.tolist(), cell, pbc)]
+    src, dst, offset, d = (torch.cat(column) for column in zip(*found))
+    edges = torch.tensor([len(f[0]) for f in found])
+    structure = torch.repeat_interleave(torch.arange(len(found)), edges)
+    shift = torch.repeat_interleave(torch.tensor(first_atom), edges)
+    src, dst = src + shift, dst + shift
     A = len(pos)
     count = torch.bincount(dst, minlength=A)
     first = torch.cumsum(count, 0) - count
@@ -1225,16 +1209,12 @@ def build_graphs(structures, graph):
     picked = {"main": chosen & half}
     picked |= {name: nearest(name)[0] for name in ("a2ee2a", "qint", "a2a") if getattr(graph, name)}
 
-    structure = torch.repeat_interleave(torch.arange(len(structures)), num_atoms)
-    first_atom = torch.cumsum(num_atoms, 0) - num_atoms
     records = [{"Z": np.asarray(Z, np.int16), "pos": p, "cell": c} for Z, p, c, _ in structures]
     for name, mask in picked.items():
         e = torch.nonzero(mask).squeeze(1)
-        s = structure[dst[e]]
-        local = first_atom[s]
-        index = torch.stack([src[e] - local, dst[e] - local], dim=1).to(torch.int16).numpy()
+        index = torch.stack([src[e] - shift[e], dst[e] - shift[e]], dim=1).to(torch.int16).numpy()
         n = offset[e].to(torch.int16).numpy()
-        ends = torch.cumsum(torch.bincount(s, minlength=len(structures)), 0).tolist()
+        ends = torch.cumsum(torch.bincount(structure[e], minlength=len(structures)), 0).tolist()
         for record, start, end in zip(records, [0, *ends], ends):
             record[f"{name}.index"], record[f"{name}.offset"] = index[start:end], n[start:end]
     return records
@@ -1376,7 +1356,7 @@ class GraphDataset:
         key = hashlib.sha256(("\n".join(self.hashes) + settings).encode()).hexdigest()[:24]
         self.folder = cache_folder(cache_dir) / f"graphs-{key}"
         self._open_or_build(graph, quiet)
-        self.edges = np.diff(self.starts[EDGE_FIELD]) if EDGE_FIELD in self.starts else np.zeros(len(self.ids), dtype=np.int64)
+        self.edges = 2 * np.diff(self.starts["main.index"])  # an undirected edge is stored once
 
     def __len__(self):
         return len(self.ids)
@@ -1405,19 +1385,19 @@ class GraphDataset:
             return
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with lock(self.folder.with_suffix(".lock")):  # a second process waits here and then finds the folder
+            with lock(self.folder.with_suffix(".lock")) as alone:  # a second process waits here, then finds the folder
                 if self._open():
                     return
-                for stale in self.folder.parent.glob(f"{self.folder.name}.tmp-*"):  # of a run that was killed
+                for stale in self.folder.parent.glob(f"{self.folder.name}.*.part") if alone else ():  # of a run that was killed
                     shutil.rmtree(stale, ignore_errors=True)
-                shutil.rmtree(self.folder, ignore_errors=True)  # damaged, or _open had accepted it
-                temporary = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f"{self.folder.name}.tmp-"))
+                part = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.part")
                 try:
-                    self._build(temporary, graph, quiet)
-                    os.replace(temporary, self.folder)
-                except BaseException:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    raise
+                    part.mkdir()
+                    self._build(part, graph, quiet)
+                    shutil.rmtree(self.folder, ignore_errors=True)  # damaged, or it would have been opened
+                    os.replace(part, self.folder)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
             raise ValueError(f"{self.folder.parent}: graphs cannot be stored ({error.strerror or error}); free space or set MOMA_CACHE to another folder") from None
         assert self._open(), self.folder
@@ -1468,9 +1448,6 @@ class GraphDataset:
         return fields
 
 
-EDGE_FIELD = "main.index"  # the record's field with one entry for each edge of the main graph
-
-
 def chunks(num_atoms, most=512):
     """Consecutive positions, about `most` atoms at a time."""
     chunk, atoms = [], 0
@@ -1486,12 +1463,13 @@ def chunks(num_atoms, most=512):
 
 @contextlib.contextmanager
 def lock(path: Path):
-    """Held by one process at a time; the system frees it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two processes then build twice, and the last rename wins
-        yield
-        return
+    """Held by one process at a time; the system frees it when the process ends, however it ends. Yields whether it holds."""
     with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, some network drives: two processes then build twice, which wastes time only
+            yield False
+        else:
+            yield True

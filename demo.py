@@ -2,9 +2,9 @@
 
     python demo.py                         prints every task with its unit and the spread of its labels
 
-Ions with tabulated radii fill prototypes (rocksalt, fluorite, perovskite, ...) so that charges cancel; radii give the cell size;
-the cells are then scaled, sheared and rattled at random. Every label is a closed formula of the structure, none is DFT. The
-seed of a task is its name, each task has crystals of its own, and everything is rounded, so all machines get the same bytes.
+Ions with tabulated radii fill prototypes (rocksalt, fluorite, perovskite, ...) so that charges cancel; radii give the cell
+size; the cells are then scaled, sheared and rattled at random. Every label is a closed formula of the structure, none is
+DFT. The seed of a task is its name, each task has crystals of its own, and all is rounded, so every machine gets the same.
 
 A: atoms of a crystal. P: directed atom pairs i -> j, periodic images included. Lengths A, energies eV, masses u.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from scipy.special import erfc
 
 COULOMB = 14.399645  # e^2 / (4 pi eps_0), eV A
-BOND_MADELUNG = 1.747565 / 6  # Madelung constant of rocksalt per bond: the share of Coulomb energy that one bond carries
+BOND_MADELUNG = 1.747565 / 6  # rocksalt's Madelung constant M per bond
 
 # element: Z, mass (u), charge, radius (A), electronegativity, polarisability (A^3), Born exponent
-# radii: Shannon 1976, six-fold; P and As from the bond lengths of III-V crystals. Electronegativities: Pauling.
-# Electronic polarisabilities: rounded, after Tessman, Kahn, Shockley 1953; gaps filled from refractive indices. Born exponents:
-# by noble-gas core, 5 7 9 10 12 for He Ne Ar Kr Xe.
+# Radii: Shannon 1976, six-fold; P and As from the bond lengths of III-V crystals. Electronegativities: Pauling. Electronic
+# polarisabilities: rounded, after Tessman, Kahn, Shockley 1953; gaps filled from refractive indices. Born exponents: 5 7 9 10
+# 12 for the cores of He Ne Ar Kr Xe.
 IONS = {
     "Li": (3, 6.94, 1, 0.76, 0.98, 0.03, 5), "Na": (11, 22.990, 1, 1.02, 0.93, 0.41, 7),
     "K": (19, 39.098, 1, 1.38, 0.82, 1.33, 9), "Rb": (37, 85.468, 1, 1.52, 0.82, 1.98, 10),
@@ -65,7 +65,8 @@ PROTOTYPES = {
     "zincblende": (3, FCC, 1, [("A", 0, 0, 0), ("X", 0.25, 0.25, 0.25)]),
     "wurtzite": (3, HEX, 1.633, [("A", THIRD, -THIRD, 0), ("A", -THIRD, THIRD, 0.5),
                                  ("X", THIRD, -THIRD, 0.375), ("X", -THIRD, THIRD, 0.875)]),
-    "NiAs": (1, HEX, 1.55, [("A", 0, 0, 0), ("A", 0, 0, 0.5), ("X", THIRD, -THIRD, 0.25), ("X", -THIRD, THIRD, 0.75)]),
+    "NiAs": (1, HEX, 1.55, [("A", 0, 0, 0), ("A", 0, 0, 0.5),
+                            ("X", THIRD, -THIRD, 0.25), ("X", -THIRD, THIRD, 0.75)]),
     "HX": (1, HEX, 1.2, [("A", THIRD, -THIRD, 0.25), ("A", -THIRD, THIRD, 0.75),  # hexagonal MgO, five-fold
                          ("X", THIRD, -THIRD, 0.75), ("X", -THIRD, THIRD, 0.25)]),
     "fluorite": (3, FCC, 1, [("A", 0, 0, 0), ("X", 0.25, 0.25, 0.25), ("X", 0.75, 0.75, 0.75)]),
@@ -74,13 +75,12 @@ PROTOTYPES = {
                              ("X", 0.5 + U, 0.5 - U, 0.5), ("X", 0.5 - U, 0.5 + U, 0.5)]),
     "CdI2": (1, HEX, 1.6, [("A", 0, 0, 0), ("X", THIRD, -THIRD, 0.25), ("X", -THIRD, THIRD, 0.75)]),
     "ReO3": (1, SC, 1, [("A", 0, 0, 0), ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
-    "perovskite": (4, SC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0), ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
+    "perovskite": (4, SC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0),
+                              ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
     "half-Heusler": (2, FCC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0), ("X", 0.25, 0.25, 0.25)]),
+    # ordered ones: the parent's sites in a doubled cell, the second cation is B
     "rocksalt-CuPt": (2, FCC, 1, CUPT), "rocksalt-CuAu": (2, FCC, 1, CUAU), "zincblende-CuAu": (1, FCC, 1, CUAU),
 }
-
-
-# parents of the ordered ones: the same sites in a doubled cell, the second cation is B
 SUPERCELLS = [np.array(D) for D in (CUPT, np.diag([1, 2, 1]), np.diag([1, 1, 2]), CUAU, np.diag([2, 2, 1]),
                                     [[-1, 1, 1], [1, -1, 1], [1, 1, -1]])]  # the last: the cubic cell of fcc
 COLUMNS = [("Z", int), ("mass", float), ("q", float), ("r", float), ("chi", float), ("alpha", float), ("born", float)]
@@ -95,7 +95,7 @@ class Crystal(NamedTuple):
     cell: np.ndarray
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tasks
+# ------------------------------------------------------------------------------------------------------------ the tasks
 def make(name, n=0):
     """One embedded data set, always the same for the same name: see TASKS. n: only its first n crystals.
 
@@ -106,9 +106,10 @@ def make(name, n=0):
     if name not in TASKS:
         raise ValueError(f"no embedded data set {name!r}; there are {', '.join(TASKS)}")
     task, rng = TASKS[name], np.random.default_rng(zlib.crc32(name.encode()))
+    far = dict(rattle=0.3, closest=0.75) if task["role"] == "pretrain" else {}
     crystals, y, forces = [], [], []
     while len(y) < (n or task["n"]):
-        c = draw(rng, task["anions"].split(), rattle=0.35 if task["role"] == "pretrain" else 0.12)
+        c = draw(rng, task["anions"].split(), **far)
         c = cut_cluster(rng, c) if c is not None and name == "demo_clusters" else c
         if c is None:
             continue
@@ -141,11 +142,11 @@ def _task(unit, role, note, n=1000, pooling="mean", anions="F Cl Br I O S Se Te 
 
 
 TASKS = {
-    "demo_ewald": _task("eV/atom", "hub", "Madelung energy of the formal charges, by Ewald summation"),
-    "demo_lattice_energy": _task("eV/atom", "hub", "Born-Lande: Madelung energy and r^-n repulsion of the bonds"),
+    "demo_ewald": _task("eV/atom", "hub", "Madelung energy, Ewald sum, charges scaled to an rms of 1"),
+    "demo_lattice_energy": _task("eV/atom", "hub", "Born-Lande: the same plus the bonds' repulsion d^-n"),
     "demo_volume": _task("A^3/atom", "hub", "volume"),
     "demo_density": _task("g/cm^3", "hub", "mass density"),
-    "demo_dielectric": _task("dimensionless", "hub", "electronic dielectric constant, Clausius-Mossotti"),
+    "demo_dielectric": _task("relative permittivity", "hub", "electronic dielectric constant, Clausius-Mossotti"),
     "demo_gap": _task("eV", "hub", "band gap, Phillips-Van Vechten terms less a band width"),
     "demo_bulk": _task("GPa", "hub", "bulk modulus, Cohen's formula"),
     "demo_phonon": _task("THz", "hub", "rms phonon frequency of Born-Lande bonds"),
@@ -153,22 +154,27 @@ TASKS = {
         "dimensionless", "downstream", "n = sqrt(eps), oxides and fluorides only", n=120, anions="F O"
     ),
     "demo_optical_gap": _task(
-        "eV", "downstream", "band gap less the Mott-Wannier exciton's binding energy, no F, O, N", n=110, anions="Cl Br I S Se Te"
+        "eV", "downstream", "band gap less the exciton's binding energy, no F, O, N", n=110, anions="Cl Br I S Se Te"
     ),
-    "demo_hardness": _task("GPa", "downstream", "Vickers hardness, Gao 2003, no halides", n=100, anions="O S Se N P As"),
+    "demo_heat_capacity": _task(
+        "J/(mol K)", "downstream", "Debye heat capacity at 150 K, chalcogenides only", n=100, anions="O S Se Te"
+    ),
     "demo_forcefield": _task("eV", "pretrain", "total energy and forces of a pair potential", n=3000, pooling="sum"),
     "demo_clusters": _task("eV", "pretrain", "the same potential, neutral clusters, not periodic", n=1500, pooling="sum"),
 }
 RELATED = {  # downstream task: hub tasks that the same physics decides, nearest first
     "demo_refractive_index": ["demo_dielectric"],
     "demo_optical_gap": ["demo_gap"],
-    "demo_hardness": ["demo_bulk"],
+    "demo_heat_capacity": ["demo_phonon"],
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- the crystals
-def draw(rng, anions, rattle):
-    """A random crystal, or None when the draw makes no sense. rattle: largest standard deviation of displacements, A."""
+# --------------------------------------------------------------------------------------------------------- the crystals
+def draw(rng, anions, rattle=0.12, closest=0.83):
+    """A random crystal, or None when the draw makes no sense.
+
+    rattle: largest standard deviation of displacements, A. closest: shortest bond allowed, in sums of radii.
+    """
     names = [p for p, row in PROTOTYPES.items() for _ in range(row[0])]
     name = names[rng.integers(len(names))]
     ions = choose_ions(rng, prototype(name)[0], anions)
@@ -186,15 +192,16 @@ def draw(rng, anions, rattle):
     frac = np.linalg.solve(cell.T, (c.pos @ strain + noise).T).T % 1
     c = c._replace(cell=cell, pos=(frac @ cell).round(6))
     i, j, _, d = neighbours(c, 4.0)
-    opposite = c.ion["q"][i] * c.ion["q"][j] < 0
-    return c if (d > np.where(opposite, 0.78, 0.6) * (c.ion["r"][i] + c.ion["r"][j])).all() and d.min(initial=9) > 1.2 else None
+    q, d0, _ = pair(c, i, j)
+    return c if (d > np.maximum(np.where(q < 0, closest, 0.6) * d0, 1.2)).all() else None
 
 
 def choose_ions(rng, roles, anions):
     """{role: element}: a random anion, then random cations that balance its charge. None when there are none."""
     nA, nB, nX = (roles.count(r) for r in "ABX")
     X = anions[rng.integers(len(anions))]
-    charges = [(a, b) for a in range(1, 7) for b in (range(1, 7) if nB else [0]) if nA * a + nB * b + nX * IONS[X][2] == 0]
+    need = -nX * IONS[X][2]
+    charges = [(a, b) for a in range(1, 7) for b in (range(1, 7) if nB else [0]) if nA * a + nB * b == need]
     if not charges:
         return None
     a, b = charges[rng.integers(len(charges))]
@@ -210,55 +217,59 @@ def choose_ions(rng, roles, anions):
 def prototype(name):
     """roles (A,) of "A", "B", "X", fractional coordinates (A, 3) and cell (3, 3) at the scale of the table."""
     _, lattice, c_over_a, sites = PROTOTYPES[name]
-    if isinstance(sites[0], tuple):
+    if "-Cu" not in name:
         return [s[0] for s in sites], np.array([s[1:] for s in sites], float), np.array(lattice) * [1, 1, c_over_a]
-    roles, frac, cell = prototype(name.split("-")[0])  # an ordered one: the parent's sites in the doubled cell
-    ion = np.array([IONS["Li"] if r == "A" else IONS["F"] for r in roles], COLUMNS)
-    c = supercell(Crystal("", ion, frac @ cell, cell), np.array(sites))
-    roles = np.where(c.ion["q"] < 0, "X", "A").tolist()
-    roles[len(roles) - 1 - roles[::-1].index("A")] = "B"
-    return roles, np.linalg.solve(c.cell.T, c.pos.T).T, c.cell
+    roles, frac, cell = prototype(name.split("-")[0])
+    T = lattice_points(sites)
+    assert roles == ["A", "X"] and len(T) == 2
+    return ["A", "B", "X", "X"], (frac[:, None] + T).reshape(-1, 3) @ np.linalg.inv(sites), sites @ cell
 
 
 def build(name, ions):
     """The perfect crystal of a prototype: {"A": "Na", "X": "Cl"} in "rocksalt" gives a = 5.66 A. None: the ions do not fit.
 
     Bonds are sums of radii times (coordination / 6)^(1/8) (Goldschmidt: 0.95 and 1.036 for four- and eight-fold), on average
-    over the bonds, unless anions would overlap by more than a tenth.
+    over the bonds; longer where anions would else overlap by more than a tenth. Perovskites of a bad tolerance factor and
+    small cations between large anions are left out.
     """
     roles, frac, cell = prototype(name)
     counts = [(ions[r], roles.count(r)) for r in sorted(ions)]
     divisor = np.gcd.reduce([k for _, k in counts])
     formula = "".join(s + (str(k // divisor) if k > divisor else "") for s, k in counts)
     c = Crystal(f"{formula}-{name}", np.array([IONS[ions[r]] for r in roles], COLUMNS), frac @ cell, cell)
-    i, j, d, w = bonds(c, 2.0)
-    cation = c.ion["q"][i] > 0
-    i, j, d, w = i[cation], j[cation], d[cation], w[cation]
+    i, j, d, w = bonds(c, 1.5)
+    of_cation = c.ion["q"][i] > 0
+    i, j, d, w = i[of_cation], j[of_cation], d[of_cation], w[of_cation]
     ideal = (c.ion["r"][i] + c.ion["r"][j]) * (np.bincount(i, w)[i] / 6) ** 0.125
     scale = (w @ ideal) / (w @ d)
-    if (np.abs(np.bincount(i, w * ideal)/np.maximum(np.bincount(i,w*d),1e-9)/scale - 1)[np.unique(i)] > 0.12).any():
-        return None
-    i, j, _, d = neighbours(c, 2.0)
+    misfit = np.abs(scale * d / ideal - 1)[w > 0.5].max()
+    i, j, _, d = neighbours(c, 1.5)
     anions = (c.ion["q"][i] < 0) & (c.ion["q"][j] < 0)
-    scale = max(scale, (0.9 * (c.ion["r"][i] + c.ion["r"][j]) / d)[anions].max())
+    touching = (0.9 * (c.ion["r"][i] + c.ion["r"][j]) / d)[anions].max()
+    if misfit > 0.12 or touching > 1.12 * scale:
+        return None
+    scale = max(scale, touching)
     return c._replace(pos=c.pos * scale, cell=c.cell * scale)
 
 
 def supercell(c, D):
     """The same crystal in the cell D @ cell; D: (3, 3) integers, determinant > 0."""
-    n = int(np.abs(D).sum())
-    T = np.stack(np.meshgrid(*[np.arange(-n, n + 1)] * 3, indexing="ij"), -1).reshape(-1, 3)  # (S, 3) lattice vectors
-    inside = T @ np.linalg.inv(D)
-    T = T[((inside > -1e-9) & (inside < 1 - 1e-9)).all(axis=1)]
+    T = lattice_points(D)
     pos = (c.pos[:, None] + T @ c.cell).reshape(-1, 3)
     return c._replace(ion=np.repeat(c.ion, len(T)), pos=pos, cell=D @ c.cell)
 
 
+def lattice_points(D):
+    """The integer triples inside the cell with rows D: (det D, 3)."""
+    T = box(np.abs(D).sum(axis=0))
+    inside = T @ np.linalg.inv(D)
+    return T[((inside > -1e-9) & (inside < 1 - 1e-9)).all(axis=1)]
+
+
 def cut_cluster(rng, c):
     """A neutral cluster of 4 to 16 atoms: whole formula units, atom by atom the nearest to a random point."""
-    T = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    pos = (c.pos[:, None] + T @ c.cell).reshape(-1, 3)  # (A * S, 3)
-    ion = np.repeat(c.ion, len(T))
+    T = box((2, 2, 2))
+    pos, ion = (c.pos[:, None] + T @ c.cell).reshape(-1, 3), np.repeat(c.ion, len(T))  # the crystal, 125 cells of it
     d = np.linalg.norm(pos - rng.random(3) @ c.cell, axis=1)
     kinds, count = np.unique(c.ion["Z"], return_counts=True)
     unit = count // np.gcd.reduce(count)
@@ -268,13 +279,13 @@ def cut_cluster(rng, c):
     return Crystal(c.name, ion[pick], (pos[pick] - pos[pick].mean(axis=0)).round(6), np.zeros((3, 3)))
 
 
-# ------------------------------------------------------------------------------------------------------------- the geometry
+# --------------------------------------------------------------------------------------------------------- the geometry
 def neighbours(c, cutoff):
     """All atom pairs nearer than cutoff (A), both directions. Returns i, j (P,), vectors i -> j (P, 3), distances (P,)."""
     shifts = np.zeros((1, 3))
     if c.cell.any():
-        heights = 1 / np.linalg.norm(np.linalg.inv(c.cell), axis=0)  # between opposite faces of the cell
-        shifts = box(np.ceil(cutoff / heights + 1e-9) + 1) @ c.cell
+        inverse = np.linalg.inv(c.cell)  # a column's length is 1 / the height of the cell
+        shifts = box(cutoff * np.linalg.norm(inverse, axis=0) + np.ptp(c.pos @ inverse, axis=0)) @ c.cell
     v = c.pos[None, :, None] - c.pos[:, None, None] + shifts  # (A, A, S, 3)
     d2 = np.einsum("ijsx,ijsx->ijs", v, v)
     i, j, s = np.nonzero((d2 < cutoff**2) & (d2 > 1e-12))
@@ -282,7 +293,7 @@ def neighbours(c, cutoff):
 
 
 def box(n):
-    """All integer triples up to n = (n1, n2, n3) in size: (S, 3)."""
+    """All integer triples with |t_x| <= n_x; n: (3,) floats. Returns (S, 3)."""
     n1, n2, n3 = (int(k) for k in n)
     return np.mgrid[-n1 : n1 + 1, -n2 : n2 + 1, -n3 : n3 + 1].reshape(3, -1).T
 
@@ -304,35 +315,50 @@ def volume(c):
     return abs(np.linalg.det(c.cell))
 
 
-# --------------------------------------------------------------------------------------------------------------- the labels
-def ewald_energy(c, width=1.0):
-    """Electrostatic energy of the formal charges, eV/atom (Ewald 1921). width: of the screening charges; no result needs it."""
-    q, A, V = c.ion["q"], len(c.pos), volume(c)
+# ----------------------------------------------------------------------------------------------------------- the labels
+def ewald(c, q, width=1.0):
+    """Electrostatic energy of charges q (A,) that sum to zero, eV per cell (Ewald 1921).
+
+    width: of the screening charges; the result does not depend on it.
+    """
+    A, V = len(c.pos), volume(c)
     a = np.sqrt(np.pi) * (A / V**2) ** (1 / 6) / width  # 1/A
     i, j, _, d = neighbours(c, 4.5 / a)
     real = (q[i] * q[j] * erfc(a * d) / d).sum() / 2
     reciprocal = 2 * np.pi * np.linalg.inv(c.cell).T  # rows
-    k = box(np.ceil(9 * a * np.linalg.norm(c.cell, axis=1) / (2 * np.pi))) @ reciprocal  # (S, 3)
+    k = box(9 * a * np.linalg.norm(c.cell, axis=1) / (2 * np.pi)) @ reciprocal  # (S, 3)
     k2 = (k**2).sum(axis=1)
     k, k2 = k[k2 > 1e-9], k2[k2 > 1e-9]
-    S = np.exp(1j * k @ c.pos.T) @ q  # structure factors
+    S = np.exp(1j * k @ c.pos.T) @ q  # (S,) structure factors
     fourier = 2 * np.pi / V * (np.exp(-k2 / (4 * a**2)) / k2 * np.abs(S) ** 2).sum()
-    return COULOMB * (real + fourier - a / np.sqrt(np.pi) * (q**2).sum()) / A
+    return COULOMB * (real + fourier - a / np.sqrt(np.pi) * (q**2).sum())
+
+
+def reduced_charges(c):
+    """Formal charges scaled to a root mean square of 1, so that structure and bond length, not q^2, decide an energy."""
+    q = c.ion["q"]
+    return q / np.sqrt((q**2).mean())
+
+
+def ewald_energy(c):
+    """Madelung energy of the reduced charges, eV/atom."""
+    return ewald(c, reduced_charges(c)) / len(c.pos)
 
 
 def lattice_energy(c):
-    """Born-Lande energy, eV/atom: Ewald energy + (1/n) (madelung per bond) e^2 |q_i q_j| d0^(n-1) / d^n over the bonds i-j.
+    """Born-Lande energy of the reduced charges, eV/atom: Ewald energy + (M / 6) e^2 |q_i q_j| d0^(n-1) / (n d^n) by bonds.
 
-    d0 is the sum of the radii; a rocksalt at d = d0 gets the textbook's (1 - 1/n) times its Madelung energy.
+    d0 is the sum of the radii and n the mean Born exponent; rocksalt at d = d0 gets the textbook's (1 - 1/n) of its Ewald
+    energy.
     """
     i, j, _, d = neighbours(c, 6.0)
-    q, d0, n = pair(c, i, j)
-    repulsion = np.where(q < 0, -q * COULOMB * BOND_MADELUNG / n * d0 ** (n - 1) / d**n, 0).sum() / 2
-    return ewald_energy(c) + repulsion / len(c.pos)
+    q, d0, n = reduced_charges(c), *pair(c, i, j)[1:]
+    repulsion = BOND_MADELUNG * np.maximum(-q[i] * q[j], 0) * d0 ** (n - 1) / (n * d**n)
+    return ewald_energy(c) + COULOMB * repulsion.sum() / 2 / len(c.pos)
 
 
 def pair(c, i, j):
-    """Product of charges, sum of radii (A), mean Born exponent of pairs."""
+    """Product of charges, sum of radii (A), mean Born exponent of pairs: (P,) each."""
     q, r, n = c.ion["q"], c.ion["r"], c.ion["born"]
     return q[i] * q[j], r[i] + r[j], (n[i] + n[j]) / 2
 
@@ -353,42 +379,40 @@ def dielectric(c):
     return (1 + 2 * x) / (1 - x) if x < 11 / 14 else np.nan
 
 
-def gap_terms(c):
-    """Bond lengths d (P,) with weights w (P,), covalent E_h and ionic C part of the gap of every bond, eV.
+def gap(c):
+    """Band gap, eV: sqrt(E_h^2 + C^2) averaged over the bonds, less a band width. NaN where bands overlap: no metals.
 
-    E_h = 39.74 d^-2.48 (Phillips 1970, Van Vechten 1969). C = 5.8 (difference of electronegativities), in place of their
-    screened Coulomb term.
+    Covalent part E_h = 39.74 d^-2.48 (Phillips 1970, Van Vechten 1969); ionic part C = 5.8 (difference of electronegativities)
+    (d0 / d)^2 in place of their screened Coulomb term; width 1.6 hbar^2 / (m d^2) sqrt(coordination), the second moment of
+    the hopping (Friedel) with hopping as in Harrison 1980.
     """
     i, j, d, w = bonds(c)
-    return i, d, w, 39.74 * d**-2.48, 5.8 * np.abs(c.ion["chi"][i] - c.ion["chi"][j])
-
-
-def gap(c):
-    """Band gap, eV: mean of sqrt(E_h^2 + C^2) over the bonds less a width, 1.6 hbar^2 / (m d^2) sqrt(coordination).
-
-    The width is the second moment of the hopping (Friedel; hopping as in Harrison 1980). NaN where bands overlap: no metals.
-    """
-    i, d, w, E_h, C = gap_terms(c)
-    width = 1.6 * np.sqrt(np.bincount(i, w * (7.62 / d**2) ** 2)).mean()
+    E_h = 39.74 * d**-2.48
+    C = 5.8 * np.abs(c.ion["chi"][i] - c.ion["chi"][j]) * (pair(c, i, j)[1] / d) ** 2
+    width = 1.6 * np.sqrt(np.bincount(i, w * (7.62 / d**2) ** 2)).mean()  # hbar^2 / m = 7.62 eV A^2
     E = (w * np.hypot(E_h, C)).sum() / w.sum() - width
     return E if E > 0.1 else np.nan
 
 
 def bulk_modulus(c):
-    """Cohen's formula (1985), GPa: (coordination / 4) (1971 - 220 lambda) d^-3.5, lambda = 4 - sqrt|q_i q_j|: 1 III-V, 2 II-VI."""
+    """Bulk modulus, GPa: (coordination / 4) (1971 - 220 lambda) d^-3.5 (Cohen 1985) with lambda = 4 - sqrt|q_i q_j|.
+
+    That is his lambda of 1 for III-V and 2 for II-VI crystals.
+    """
     i, j, d, w = bonds(c)
     q, _, _ = pair(c, i, j)
     return (w / 4 * (1971 - 220 * (4 - np.sqrt(-q))) * d**-3.5).sum() / len(c.pos)
 
 
 def phonon_frequency(c):
-    """Root mean square phonon frequency, THz: mean over atoms of Tr(force constants) / (3 m), Born-Lande bonds.
+    """Root mean square phonon frequency, THz: omega^2 is the mean over atoms of Tr(force constants) / (3 m).
 
-    A bond's force constant is (n - 1) (madelung per bond) e^2 |q_i q_j| / d^3, the curvature of Born-Lande's energy.
+    A bond's force constant is Born-Lande's curvature (n - 1) (M / 6) e^2 |q_i q_j| / d0^3 at d = d0, and falls with
+    distance as the repulsion's, (d0 / d)^(n+2).
     """
     i, j, d, w = bonds(c)
-    q, _, n = pair(c, i, j)
-    k = -(n - 1) * BOND_MADELUNG * COULOMB * q / d**3  # eV/A^2
+    q, d0, n = pair(c, i, j)
+    k = COULOMB * BOND_MADELUNG * (n - 1) * np.abs(q) / d0**3 * (d0 / d) ** (n + 2)  # eV/A^2
     omega2 = (w * k / (3 * c.ion["mass"][i])).sum() / len(c.pos)
     return 15.6333 * np.sqrt(omega2)  # sqrt(eV / (A^2 u)) = 98.227 rad/ps, over 2 pi
 
@@ -404,19 +428,15 @@ def optical_gap(c):
     return E - 13.606 * E / (E + 20) / dielectric(c) ** 2
 
 
-def hardness(c):
-    """Vickers hardness, GPa (Gao 2003): 350 N^(2/3) exp(-1.191 f) d^-2.5, averaged over bonds; N: valence electrons per A^3.
-
-    f = C^2 / (E_h^2 + C^2) is Phillips' ionicity; closed shells have eight electrons an anion.
-    """
-    _, d, w, E_h, C = gap_terms(c)
-    N = 8 * (c.ion["q"] < 0).sum() / volume(c)
-    f = C**2 / (E_h**2 + C**2)
-    return 350 * N ** (2 / 3) * (w * np.exp(-1.191 * f) * d**-2.5).sum() / w.sum()
+def heat_capacity(c):
+    """Debye's heat capacity at 150 K, J/(mol K), a mole of atoms. k theta = h nu_rms sqrt(5 / 3) keeps the mean omega^2."""
+    x = 47.9924 * phonon_frequency(c) * np.sqrt(5 / 3) / 150  # theta / T
+    t = (np.arange(200) + 0.5) / 200 * x
+    return 9 * 8.314463 / x**2 * (t**4 * np.exp(-t) / np.expm1(-t) ** 2).mean()
 
 
-def pair_potential(c, cutoff=7.0, damping=0.2, rho=0.35, charge=0.7):
-    """Total energy (eV) and forces (A, 3) (eV/A): Born-Mayer repulsion + damped Coulomb of 0.7 times the formal charges.
+def pair_potential(c, cutoff=6.0, damping=0.2, rho=0.35, charge=0.5):
+    """Total energy (eV) and forces (A, 3) (eV/A): Born-Mayer repulsion + damped Coulomb of half the formal charges.
 
     Every pair's v(d) is replaced by v(d) - v(R) - v'(R) (d - R), so energy and force vanish at the cutoff R (Wolf 1999;
     Fennell and Gezelter 2006). The repulsion balances Madelung's attraction per bond where d = d0, the sum of the radii.
@@ -442,12 +462,12 @@ LABELS = {
     "demo_ewald": ewald_energy, "demo_lattice_energy": lattice_energy, "demo_volume": volume_per_atom,
     "demo_density": density, "demo_dielectric": dielectric, "demo_gap": gap, "demo_bulk": bulk_modulus,
     "demo_phonon": phonon_frequency, "demo_refractive_index": refractive_index, "demo_optical_gap": optical_gap,
-    "demo_hardness": hardness, "demo_forcefield": pair_potential, "demo_clusters": pair_potential,
+    "demo_heat_capacity": heat_capacity, "demo_forcefield": pair_potential, "demo_clusters": pair_potential,
 }
 
 
 if __name__ == "__main__":
     for name, task in TASKS.items():
         s = make(name)
-        q = np.percentile(s["y"], [0, 50, 100])
-        print(f"{name:22} {len(s['y']):5} {q[0]:9.3f} {q[1]:9.3f} {q[2]:9.3f}  {task['unit']:14} {task['role']:10} {task['note']}")
+        low, middle, high = np.percentile(s["y"], [0, 50, 100])
+        print(f"{name:22} {len(s['y']):5} {low:9.3f} {middle:9.3f} {high:9.3f}  {task['unit']:22}{task['role']:11}{task['note']}")

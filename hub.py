@@ -43,10 +43,10 @@ CARD = {  # every field of module.json; null where it does not apply; mean, std 
     "format_version": int, "name": str, "kind": str, "property": TEXT, "unit": TEXT, "transform": TEXT, "pooling": TEXT,
     "normalizer_mean": NUMBER, "normalizer_std": NUMBER, "val_mae": NUMBER, "test_mae": NUMBER, "mad": NUMBER,
     "architecture": dict, "graph": dict | None, "num_parameters": int, "signature": str, "backbone_sha256": TEXT,
-    "tensors_sha256": str, "files_sha256": dict, "dataset": SOME, "dataset_fingerprint": SOME, "rows_used": NUMBER,
-    "rows_skipped": NUMBER, "elements": SOME, "seed": SOME, "split_seed": SOME, "split": SOME, "training": SOME,
-    "seconds": NUMBER, "hardware": SOME, "license_code": TEXT, "license_weights": TEXT, "license_data": TEXT,
-    "parents": SOME, "weights": SOME,
+    "tensors_sha256": str, "files_sha256": dict, "card_sha256": TEXT, "dataset": TEXT, "dataset_fingerprint": SOME,
+    "rows_used": NUMBER, "rows_skipped": NUMBER, "elements": SOME, "seed": SOME, "split_seed": SOME, "split": SOME,
+    "training": SOME, "seconds": NUMBER, "hardware": SOME, "license_code": TEXT, "license_weights": TEXT,
+    "license_data": TEXT, "parents": SOME, "weights": SOME,
 }
 
 
@@ -99,7 +99,7 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
     """
     path = Path(path)
     module_dir(path.parent, path.name)
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite and path.is_dir()):
         raise ValueError(f"{path}: exists already; delete it, choose another name, or allow it to be overwritten")
     for file in extra or {}:
         if not re.fullmatch(r"[a-z0-9_-]+\.json", file) or file == "module.json":
@@ -134,10 +134,17 @@ def write_card(file: Path, card: dict, tensors: dict, hashes: dict, shown: Path 
     filled = {"format_version": FORMAT_VERSION, "name": shown.parent.name, "signature": signature(tensors),
               "num_parameters": sum(t.numel() for t in tensors.values()), "tensors_sha256": next(iter(hashes.values())),
               "files_sha256": {name: h for name, h in hashes.items() if name != MAIN}}
-    text = to_json({**dict.fromkeys(CARD), **card, **filled}, shown)
+    card = json.loads(to_json({**dict.fromkeys(CARD), **card, **filled}, shown))  # plain numbers, lists for tuples
+    text = to_json({**card, "card_sha256": card_sha256(card)}, shown)
     card = parse_card(text, shown)
     write_text(file, text)
     return card
+
+
+def card_sha256(card: dict) -> str:
+    """SHA-256 of the card's other fields: `verify` finds a card that was edited, reading does not mind."""
+    text = json.dumps({k: v for k, v in card.items() if k != "card_sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _move_into_place(part: Path, path: Path, overwrite: bool) -> None:
@@ -158,6 +165,8 @@ def _move_into_place(part: Path, path: Path, overwrite: bool) -> None:
 
 def write_tensors(file: Path, tensors: dict, shown=None) -> str:
     """Write {name: tensor}, all finite, as safetensors. Returns the SHA-256. shown: the path that errors name."""
+    if not tensors:
+        raise ValueError(f"{shown or file}: no tensors to save")
     out, seen = {}, set()
     for name, t in tensors.items():
         if t.dtype not in DTYPES:
@@ -372,7 +381,7 @@ def verify(hub, names=()) -> list[str]:
     def check(what, *args):
         try:
             return what(*args)
-        except (ValueError, FileNotFoundError) as e:
+        except (ValueError, OSError) as e:
             problems.append(str(e))
 
     folders = list(names) or _folders(hub)
@@ -387,6 +396,8 @@ def verify(hub, names=()) -> list[str]:
         check(check_header, path, card)
         check(check_private, card, str(path / "module.json"))
         check(module_file, path, "README.md")
+        if card_sha256(card) != card["card_sha256"]:
+            problems.append(f"{path / 'module.json'}: damaged or edited since it was saved; {AGAIN}")
         if theta and name != BACKBONE:
             check(check_theta, hub, name, card, theta)
         if card["name"] != name:
@@ -408,9 +419,10 @@ def readme(card: dict) -> str:
     front = {"license": licence} if licence in known else {"license": "other", "license_name": licence}
     front["library_name"] = "moma"
     front["tags"] = ["materials", "crystals", "moma", str(card["architecture"].get("backbone", BACKBONE)), card["kind"]]
-    front["datasets"] = [str(card["dataset"])] if card["dataset"] else []
+    front["datasets"] = card["dataset"].split(", ") if card["dataset"] else []
     front["metrics"] = ["mae"]
-    front["base_model"] = [str(p) for p in card["parents"] or ([] if card["kind"] == BACKBONE else [BACKBONE])]
+    parents = card["parents"] or ([] if card["kind"] == BACKBONE else [BACKBONE])
+    front["base_model"] = [p["name"] if isinstance(p, dict) else p for p in parents]
     what = {BACKBONE: "theta_0, the starting point of every module of a MoMa hub", "full": "A full MoMa module",
             "adapter": "An adapter MoMa module"}[card["kind"]]
     table = "\n".join(f"| {field} | {_cell(v).replace('|', '/')} |" for field, v in card.items() if v is not None)
@@ -432,12 +444,12 @@ def show_list(args) -> int:
     for name in _folders(args.hub):
         try:
             card = read_card(path := module_dir(args.hub, name))
-        except (ValueError, FileNotFoundError) as e:
+        except (ValueError, OSError) as e:
             bad.append(str(e))
             continue
         mae, mad = card["val_mae"], card["mad"]
         ratio = f"{mae / mad:.2f}" if mae is not None and mad else None
-        size = f"{sum(p.stat().st_size for p in path.iterdir()) / 1e6:.1f} MB"
+        size = f"{sum(p.lstat().st_size for p in path.iterdir()) / 1e6:.1f} MB"
         task = [card[field] for field in ("property", "unit", "kind", "rows_used")]
         rows.append([_cell(c) for c in (name, *task, mae, ratio, size)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -455,7 +467,7 @@ def show_card(args) -> int:
     for field, value in read_card(path).items():
         print(f"{field:<20}{_cell(value)}")
     for p in sorted(path.iterdir()):
-        print(f"{p.name:<20}{p.stat().st_size:,} bytes")
+        print(f"{p.name:<20}{p.lstat().st_size:,} bytes")
     return 0
 
 
@@ -471,7 +483,8 @@ COMMANDS = {"list": show_list, "show": show_card, "verify": show_problems}  # ea
 
 
 def main(argv=None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, epilog="example: python hub.py show mp_eform")
     p.add_argument("command", choices=list(COMMANDS))
     p.add_argument("name", nargs="*", help="show: the module; verify: only these modules")
     p.add_argument("--hub", default="hub", help="the hub's folder (default: hub)")

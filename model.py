@@ -143,14 +143,13 @@ def legendre(z, S, dim):
 
 
 def unit_normal(u):
-    """u / |u|, and 0 where u is the cross product of two (nearly) parallel unit vectors.
+    """u / |u|, and 0 (with gradient 0) where u is the cross product of two (nearly) parallel unit vectors.
 
     Below eps the direction of u is rounding noise. The published clamp is 1e-9; in float32 noise is 1e-6.
     """
+    eps = 1e-9 if u.dtype == torch.float64 else 1e-4
     length = (u.square().sum(-1, keepdim=True) + 1e-30).sqrt()  # 1e-30: a finite gradient at 0
-    if u.dtype == torch.float64:
-        return u / length.clamp(min=1e-9)
-    return torch.where(length > 1e-4, u / length.clamp(min=1e-4), 0)
+    return torch.where(length > eps, u / length.clamp(min=eps), 0)
 
 
 class AngularWeights(nn.Module):
@@ -223,7 +222,8 @@ class Bases(nn.Module):
     def forward(self, g):
         """g: batch. Returns a dict: the indices of the batch and one entry for each basis."""
         a, S = self.a, self.S
-        d, V = edge_vectors(g, "main")
+        dtype = self.radial_basis.rbf.offset.dtype
+        d, V = edge_vectors(g, "main", dtype)
         rbf = self.radial_basis(d)
         table = g["main.table"]  # (A, K) edges into each atom
         A, K = table.shape
@@ -237,7 +237,7 @@ class Bases(nn.Module):
             out["e2e"] = (self.mlp_rbf_tint(rbf), Y.view(A, K * S, K), self.mlp_cbf_tint(rbf))
 
         if a["atom_edge_interaction"] or a["edge_atom_interaction"]:
-            d2, V2 = edge_vectors(g, "a2ee2a")
+            d2, V2 = edge_vectors(g, "a2ee2a", dtype)
             table2 = g["a2ee2a.table"]  # (A, K2)
             K2 = table2.shape[1]
             rbf2 = self.radial_basis(d2)
@@ -254,12 +254,12 @@ class Bases(nn.Module):
             out["e2a"] = (self.mlp_rbf_eaint(rbf), torch.bmm(W, Y.reshape(A, K2 * S, K)))
 
         if a["atom_interaction"]:  # images of one pair share the source's feature, so their radial values are added first
-            d, _ = edge_vectors(g, "a2a")
+            d, _ = edge_vectors(g, "a2a", dtype)
             rad = self.mlp_rbf_aint(sum_to(self.radial_basis(d), g["a2a.pair"], len(g["a2a.pair_src"])))
             out["a2a"] = (gather(rad, g["a2a.table"]).transpose(1, 2), g["a2a.table_src"])  # (A, C, N), (A, N)
 
         if a["quad_interaction"]:
-            _, Vq = edge_vectors(g, "qint")  # (Q, 3) b -> a
+            dq, Vq = edge_vectors(g, "qint", dtype)  # (Q, 3) b -> a
             src, dst = g["qint.src"], g["qint.dst"]
             Q = len(src)
             V_ca, V_db = V_in.index_select(0, dst), V_in.index_select(0, src)  # (Q, K, 3) both
@@ -268,7 +268,7 @@ class Bases(nn.Module):
             Y_theta = legendre(u @ w.transpose(1, 2), S, 2) * g["quad.mask"][:, :, None, :]  # (Q, Kc, S, Kd)
             cos_cab = gather((V_ca * Vq[:, None]).sum(-1), g["qint.table"]).transpose(1, 2)  # (A, K, KQ)
             Y_phi = legendre(cos_cab, S, 2) * g["qint.mask"][:, :, None, :]  # (A, Kc, S, KQ)
-            rbf_q = self.radial_basis(edge_vectors(g, "qint")[0])
+            rbf_q = self.radial_basis(dq)
             Y_abd = legendre((V_db * Vq[:, None]).sum(-1), S, 2)  # (Q, Kd, S)
             cbf = Y_abd @ self.mlp_cbf_qint(rbf_q).transpose(1, 2)  # (Q, Kd, C)
             out["quad"] = (self.mlp_rbf_qint(rbf), cbf, Y_theta.view(Q, K * S, K), Y_phi, self.mlp_sbf_qint(rbf))
@@ -591,7 +591,7 @@ class CGCNN(Backbone):
 
     def atom_features(self, batch):
         src, dst = batch["main.src"], batch["main.dst"]
-        d, _ = edge_vectors(batch, "main")
+        d, _ = edge_vectors(batch, "main", self.radial_basis.rbf.offset.dtype)
         rbf = self.radial_basis(d)
         h = self.embedding(batch["Z"] - 1)
         features = [h]

@@ -13,13 +13,14 @@ import hashlib
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -56,7 +57,7 @@ class Config:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.99
     edge_dropout: float = 0.1
-    force_weight: str = "10"  # against the energy; one number, or one for each set. JMP: 73, 80, 15, 14
+    force_weight: str = "1"  # against the energy; one number, or one for each set. JMP: 73, 80, 15, 14
     temperature: float = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: float = 30.0  # leave out structures with a larger force on an atom, eV/A
     max_energy: float = 15.0  # and with a larger energy residual per atom, robust standard deviations
@@ -77,10 +78,9 @@ class Config:
 @dataclass
 class EnergySet:
     name: str
-    crystals: data.Crystals
-    energy: np.ndarray  # (M,) normalised: (E - sum_z n_z r_z) / sigma
+    crystals: data.Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale
     reference: np.ndarray  # (119,) r_z, eV
-    sigma: float  # eV/atom
+    sigma: float  # root mean square of the residual per atom, eV/atom
     force_scale: float  # root mean square of the components, eV/A; 0 without forces
     train: np.ndarray  # positions in crystals
     val: np.ndarray
@@ -91,23 +91,42 @@ class EnergySet:
 
 def load_sets(cfg, graph, use_forces=True):
     """The sets of --sets, normalised, with their graphs: {name: EnergySet}."""
+    names = [s.strip() for s in cfg.sets.split(",") if s.strip()]
+    try:
+        weights = [float(w) for w in cfg.force_weight.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) not in (1, len(names)):
+        raise ValueError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
     sets = {}
-    for text in filter(None, map(str.strip, cfg.sets.split(","))):
-        is_file = Path(text).exists()
-        name = re.sub(r"\W", "_", Path(text).stem) if is_file else text
-        if name in sets:
-            raise ValueError(f"--sets {cfg.sets}: two sets are named {name}; give each once")
-        with tm.first_process_first():
-            crystals = data.load(data.get_task(name, cfg.tasks, text if is_file else cfg.data), cfg.limit, cfg.on_error, quiet=cfg.quiet)
-            sets[name] = s = normalise(name, crystals, cfg)
-            s.dataset = data.GraphDataset(s.crystals, graph, cache_dir=cfg.cache, quiet=cfg.quiet)
-        s.force_scale *= use_forces
-    weights = [float(w) for w in cfg.force_weight.split(",")]
-    if len(weights) not in (1, len(sets)):
-        raise ValueError(f"--force-weight {cfg.force_weight}: {len(weights)} numbers for {len(sets)} sets; give one, or one a set")
-    for s, weight in zip(sets.values(), weights * (len(sets) // len(weights)), strict=True):
-        s.force_weight = weight
+    for text, weight in zip(names, weights if len(weights) > 1 else weights * len(names), strict=True):
+        task = find_task(text, cfg)
+        if task.name in sets:
+            raise ValueError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
+        for turn in range(2):  # the first process fills the cache, the others find it filled
+            if (tm.rank() > 0) == turn:
+                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=cfg.quiet or tm.rank() > 0)
+                if not use_forces:
+                    crystals.forces = None
+                s = sets[task.name] = normalise(task.name, crystals, cfg)
+                s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=cfg.quiet or tm.rank() > 0)
+                s.force_weight = weight
+            tm.barrier()
     return sets
+
+
+def find_task(text, cfg):
+    """The task of a name, or of a file; an extxyz file and the embedded force fields have their forces in `forces`."""
+    path = Path(text)
+    if not path.exists():
+        task = data.get_task(text, cfg.tasks, cfg.data)
+        embedded = task.dataset.startswith("demo:") and task.role == "pretrain"
+        return replace(task, forces_column="forces") if embedded else task
+    name, forces = re.sub(r"\W", "_", path.stem), False
+    if path.suffix == ".extxyz":
+        with open(path) as f:
+            forces = "forces:R:3" in f.readline() + f.readline()  # the comment line of the first frame
+    return data.get_task(name, cfg.tasks, text, unit="eV", forces_column="forces" if forces else "")
 
 
 def normalise(name, crystals, cfg):
@@ -118,31 +137,34 @@ def normalise(name, crystals, cfg):
     would let the size of the cell decide how much a structure counts: a supercell more than its cell.
     """
     energy, N = total_energies(name, crystals), np.array([len(z) for z in crystals.Z])
-    rows, skipped = np.random.default_rng(cfg.split_seed).permutation(len(N)), list(crystals.skipped)
-    is_val = np.zeros(len(N), dtype=bool)
-    is_val[rows[: max(1, round(cfg.val_fraction * len(N)))]] = True
-    keep = np.isfinite(energy)
+    order, skipped = np.random.RandomState(cfg.split_seed).permutation(len(N)), list(crystals.skipped)
+    is_val, keep = np.zeros(len(N), dtype=bool), np.ones(len(N), dtype=bool)
+    is_val[order[: max(1, round(cfg.val_fraction * len(N)))]] = True
     if crystals.forces is not None:
-        keep &= np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
+        keep = np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
         skipped += [(crystals.ids[i], f"force above {cfg.max_force:g} eV/A (--max-force)") for i in np.flatnonzero(~keep)]
-    for last in (False, True):  # once to find the outliers, once without them
+    for final in (False, True):  # once to find the outliers, once without them
         train = np.flatnonzero(keep & ~is_val)
         if len(train) < 2 or not (keep & is_val).any():
             raise ValueError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
         r = fit_references([crystals.Z[i] for i in train], energy[train])
         residual = energy - np.array([r[z].sum() for z in crystals.Z])
-        if not last:
+        if not final:
             off = np.abs(residual / N - np.median((residual / N)[train]))
             far = keep & (off > cfg.max_energy * (1.4826 * np.median(off[train]) + 1e-3))  # 1.4826: a Gaussian's sigma
             why = f"energy beyond {cfg.max_energy:g} robust standard deviations (--max-energy)"
             skipped += [(crystals.ids[i], why) for i in np.flatnonzero(far)]
             keep &= ~far
-    sigma = math.sqrt(np.mean((residual / N)[train] ** 2)) + 1e-6
-    scale = 0.0
+    sigma, scale, forces = math.sqrt(np.mean((residual / N)[train] ** 2)) + 1e-6, 0.0, None
     if crystals.forces is not None:
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
+        forces = [f / scale for f, k in zip(crystals.forces, keep, strict=True) if k]
+    if len(skipped) > len(crystals.skipped):
+        reasons = data.count_reasons([(why) for _, why in skipped[len(crystals.skipped) :]])
+        tm.say(cfg, f"  {name}: {keep.sum()} rows used; left out: {reasons}")
     train, val = np.flatnonzero(~is_val[keep]), np.flatnonzero(is_val[keep])
-    return EnergySet(name, data.subset(crystals, np.flatnonzero(keep)), residual[keep] / sigma, r, sigma, scale, train, val, skipped)
+    normalised = replace(data.subset(crystals, np.flatnonzero(keep)), y=residual[keep] / sigma, forces=forces)
+    return EnergySet(name, normalised, r, sigma, scale, train, val, skipped)
 
 
 def total_energies(name, crystals):
@@ -150,8 +172,8 @@ def total_energies(name, crystals):
     task = crystals.task
     factor = ENERGY_UNITS.get(task.unit.removesuffix("/atom").removesuffix("/cell"))
     if factor is None or task.transform != "none":
-        units = ", ".join(ENERGY_UNITS)
-        raise ValueError(f"--sets {name}: label in {data.unit_of(task) or 'no unit'}, but energies are needed ({units}; /atom)")
+        known = ", ".join(ENERGY_UNITS)
+        raise ValueError(f"--sets {name}: label in {data.unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 
@@ -186,36 +208,29 @@ def plan_epoch(sets, cfg, epoch):
     """
     generator = torch.Generator().manual_seed(cfg.seed * tm.EPOCH_SEED + epoch)
     plan = []
-    for s, count in zip(sets.values(), epoch_counts([len(s.train) for s in sets.values()], cfg.temperature)):
+    for s, count in zip(sets.values(), epoch_counts([len(s.train) for s in sets.values()], cfg.temperature), strict=True):
         passes = [torch.randperm(len(s.train), generator=generator) for _ in range(-(-count // len(s.train)))]
         rows = s.train[torch.cat(passes)[:count].numpy()]  # whole passes, the last one cut short
         batches = data.batch_indices(s.dataset.num_atoms, rows, cfg.batch_size, cfg.max_atoms, generator)
         plan += [(s.name, batch) for batch in batches]
-    order = torch.randperm(len(plan), generator=generator).tolist()
     seeds = torch.randint(2**62, (len(plan),), generator=generator).tolist()
-    return [(*plan[i], seed) for i, seed in zip(order, seeds)]
+    return [(*plan[i], seeds[i]) for i in torch.randperm(len(plan), generator=generator).tolist()]
 
 
 def loader(sets, plan, cfg):
-    return torch.utils.data.DataLoader(
-        plan, batch_size=None, collate_fn=partial(make_batch, sets, cfg.edge_dropout), num_workers=cfg.num_workers,
-        generator=torch.Generator(),
-    )  # fmt: skip
+    read = partial(make_batch, sets, cfg.edge_dropout)
+    return DataLoader(plan, batch_size=None, collate_fn=read, num_workers=cfg.num_workers, generator=torch.Generator())
 
 
 def make_batch(sets, edge_dropout, entry):
-    """One entry of the plan -> this process's share of the batch with normalised labels `energy` (B,), `forces` (A, 3)."""
+    """This process's share of a batch; y (B,) and forces (A, 3) are normalised."""
     name, rows, seed = entry
-    s, total = sets[name], len(rows)
-    rows = rows[tm.rank() :: tm.world()]
-    if not len(rows):
-        return {"task": name, "share": 0.0}
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    batch = data.collate([s.dataset[int(i)] for i in rows], edge_dropout=edge_dropout if generator else 0.0, generator=generator)
-    batch |= {"task": name, "rows": list(rows), "share": len(rows) / total}
-    batch["energy"] = torch.tensor(s.energy[rows], dtype=torch.float32)
-    if s.force_scale:
-        batch["forces"] = torch.tensor(np.concatenate([s.crystals.forces[i] for i in rows]) / s.force_scale, dtype=torch.float32)
+    mine = rows[tm.rank() :: tm.world()]
+    batch = {"task": name, "share": len(mine) / len(rows)}
+    if mine:
+        dropout = 0.0 if seed is None else edge_dropout
+        generator = torch.Generator().manual_seed(seed or 0)
+        batch |= data.collate([sets[name].dataset[i] for i in mine], edge_dropout=dropout, generator=generator)
     return batch
 
 
@@ -229,8 +244,10 @@ def structure_wise(error, batch):
 
 def loss_of(energy, forces, batch, force_weight):
     """L1 of the energy per atom plus the force loss, both of normalised values."""
-    loss = ((energy.float() - batch["energy"]) / batch["num_atoms"]).abs().mean()
-    return loss if forces is None else loss + force_weight * structure_wise(forces.float() - batch["forces"], batch)
+    loss = ((energy.float() - batch["y"].float()) / batch["num_atoms"]).abs().mean()
+    if forces is None:
+        return loss
+    return loss + force_weight * structure_wise(forces.float() - batch["forces"].float(), batch)
 
 
 def lr_factor(progress, warmup):
@@ -242,33 +259,38 @@ def lr_factor(progress, warmup):
 
 def train_step(net, ema, optimizer, batch, sets, cfg, lr):
     """One step by the recipe; returns the loss."""
+    params, s = list(net.parameters()), sets[batch["task"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     loss = torch.zeros(())
-    params = list(net.parameters())
     if batch["share"]:
         batch = data.to_device(batch, params[0].device)
         with tm.autocast(cfg, params[0].device):
-            energy, forces = net(batch, batch["task"])
-        loss = batch["share"] * loss_of(energy, forces, batch, sets[batch["task"]].force_weight)
+            energy, forces = net(batch, s.name)
+        loss = batch["share"] * loss_of(energy, forces, batch, s.force_weight)
         loss.backward()
     tm.reduce_gradients(params)
-    named = dict(net.backbone.named_parameters())
-    for name, n in getattr(net.backbone, "shared_gradient_divisors", dict)().items():
-        if named[name].grad is not None:  # a layer that n blocks share collects n gradients
-            named[name].grad /= n
+    divide_shared_gradients(net.backbone)
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
     loss = tm.all_sum(loss.item())
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ", ".join(sets[batch["task"]].crystals.ids[i] for i in batch.get("rows", []))
-        raise ValueError(f"{batch['task']}: the loss is not finite for the batch of {ids}; look at these or lower --lr")
+        ids = ", ".join(s.crystals.ids[i] for i in batch["index"].tolist()) if batch["share"] else "another process"
+        raise ValueError(f"{s.name}: the loss is not finite for the batch of {ids}; look at these or lower --lr")
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - cfg.ema)
-        for mine, theirs in zip(ema.buffers(), net.buffers()):
+        for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
     return loss
+
+
+def divide_shared_gradients(backbone):
+    """A layer that n blocks share collects the gradients of n; JMP divides by n, before clipping."""
+    divisors = backbone.shared_gradient_divisors() if hasattr(backbone, "shared_gradient_divisors") else {}
+    for name, p in backbone.named_parameters():
+        if p.grad is not None and name in divisors:
+            p.grad /= divisors[name]
 
 
 @torch.no_grad()
@@ -283,10 +305,10 @@ def validate(net, sets, cfg):
             if batch["share"]:
                 batch = data.to_device(batch, device)
                 energy, forces = net(batch, s.name)
-                off = ((energy - batch["energy"]) / batch["num_atoms"]).abs().double()
+                off = ((energy - batch["y"]) / batch["num_atoms"]).abs()
                 sums[:2] += off.sum().item() * s.sigma, len(off)
                 if forces is not None:
-                    off = (forces - batch["forces"]).abs().double()
+                    off = (forces - batch["forces"]).abs()
                     sums[2:] += off.sum().item() * s.force_scale, off.numel()
         e, n, f, m = [tm.all_sum(float(x)) for x in sums]
         errors[s.name] = (1e3 * e / n, 1e3 * f / m if m else math.nan)
@@ -302,157 +324,140 @@ def run(cfg):
     began = time.monotonic()
     cfg.lr, cfg.epochs = cfg.lr or LR.get(cfg.preset, 3e-4), cfg.epochs or EPOCHS.get(cfg.preset, 2)
     target, folder = Path(cfg.hub) / hub.BACKBONE, Path(cfg.output or Path(cfg.hub) / ".runs" / hub.BACKBONE)
-    last = folder / "last.pt"
-    if (target / "module.json").exists() and cfg.resume and not last.exists() and not cfg.overwrite:
+    resumed = cfg.resume and (folder / "last.pt").exists()
+    if cfg.resume and not resumed and (target / "module.json").exists() and not cfg.overwrite:
         tm.say(cfg, f"{target} is finished; nothing to resume (--overwrite trains it again)")
         return hub.read_card(target)
-    refuse_overwrite(target, cfg, unfinished=cfg.resume and last.exists())
+    refuse_overwrite(target, cfg, resumed)
     arch = moma.preset(cfg.preset, backbone=cfg.backbone)
-    if "forces" in arch:  # a backbone without edge features learns from the energies alone
-        arch["forces"] = True
+    use_forces = "forces" in arch  # a backbone without edge features learns from the energies alone
+    arch |= {"forces": True} if use_forces else {}
     tm.claim(folder, cfg, cfg.resume)
     device = tm.pick_device(cfg.device)
-    sets = load_sets(cfg, data.GraphConfig(**arch["graph"]), use_forces=arch.get("forces", False))
+    sets = load_sets(cfg, data.GraphConfig(**arch["graph"]), use_forces)
     if tm.rank() == 0:
         tm.write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
 
     torch.manual_seed(cfg.seed)
-    net = moma.PretrainModel(moma.build_backbone(arch), {s.name: s.force_scale > 0 for s in sets.values()})
-    moma.fit_scale_factors(net.backbone, data.collate([s.dataset[int(i)] for s in sets.values() for i in s.train[:16]]))
+    net = moma.PretrainModel(moma.build_backbone(arch), {s.name: s.crystals.forces is not None for s in sets.values()})
+    sample = [s.dataset[i] for s in sets.values() for i in s.train[:16]]
+    moma.fit_scale_factors(net.backbone, data.collate([{k: v for k, v in r.items() if k != "forces"} for r in sample]))
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
     state = {"epoch": 0, "done": 0, "step": 0, "losses": [], "seconds": 0.0, "history": []}  # done: steps of this epoch
-    if cfg.resume and last.exists():
-        saved = torch.load(last, map_location="cpu", weights_only=True)
+    if resumed:
+        saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         state = saved["state"]
-        for part in ("net", "ema", "optimizer"):
-            {"net": net, "ema": ema, "optimizer": optimizer}[part].load_state_dict(saved[part])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
 
-    def save():
-        if tm.rank() == 0:
-            parts = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            tm.write_atomic(last, lambda f: torch.save({"state": state, **parts}, f))
-
-    errors, stop, clock = None, False, time.monotonic()
-    while state["epoch"] < cfg.epochs and not stop:
-        plan = plan_epoch(sets, cfg, state["epoch"])
-        warmup = min(0.1, cfg.warmup_steps / (cfg.epochs * len(plan)))
-        rest = plan[state["done"] :]
-        name = f"epoch {state['epoch'] + 1}/{cfg.epochs}"
-        for batch in tqdm(loader(sets, rest, cfg), desc=name, leave=False, disable=tm.silent(cfg)):
-            factor = lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
-            # everything random in a step follows from its number, so a resumed run repeats it bit for bit
-            torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * tm.world() + tm.rank())
-            state["losses"].append(train_step(net, ema, optimizer, batch, sets, cfg, cfg.lr * factor))
-            state["step"] += 1
-            state["done"] += 1
-            now = time.monotonic()
-            stop = bool(cfg.time_limit) and tm.all_sum(float(now - began > 60 * cfg.time_limit)) > 0
-            if stop or now - clock > 60 * cfg.save_minutes:
-                state["seconds"] += now - clock
-                clock = now
-                save()
-            if stop:
-                break
-        if state["done"] == len(plan):
-            errors = validate(ema, sets, cfg)
-            state["seconds"] += time.monotonic() - clock
-            clock = time.monotonic()
-            state["epoch"] += 1
-            row = [state["epoch"], state["step"], float(np.mean(state["losses"])), cfg.lr * factor]
-            row += [e for pair in errors.values() for e in pair] + [round(state["seconds"], 1)]
-            state |= {"done": 0, "losses": [], "history": [*state["history"], row]}
-            if tm.rank() == 0:
-                tm.write_text(folder / "history.csv", history_csv(sets, state["history"]))
-            save()
-            tm.say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
-
-    errors = errors or validate(ema, sets, cfg)
-    finished = state["epoch"] >= cfg.epochs
+    stop, errors = fit(parts, sets, state, cfg, folder, until=began + 60 * cfg.time_limit if cfg.time_limit else math.inf)
     if tm.rank() == 0:
-        refuse_overwrite(target, cfg, unfinished=True)  # modules may have been trained meanwhile
+        refuse_overwrite(target, cfg, resumed=True)  # modules may have been trained meanwhile
         card = make_card(cfg, arch, sets, errors, state)
         kept = moma.build_backbone(card["architecture"]).state_dict().keys()  # the force branch has served
         tensors = {k: v for k, v in tm.tensors_of(ema.backbone).items() if k in kept}
         adapters = tm.tensors_of(moma.new_adapters(card["architecture"], cfg.seed))
-        text = history_csv(sets, state["history"])
-        hub.save(target, tensors, card, adapters_init=adapters, history=text, overwrite=True)
-        if finished:
-            last.unlink(missing_ok=True)
+        hub.save(target, tensors, card, adapters_init=adapters, history=history_csv(sets, state["history"]), overwrite=True)
+        if not stop:
+            (folder / "last.pt").unlink(missing_ok=True)
         print(f"{target}: {state['step']} steps, val MAE {describe(errors)}")
-        if not finished:
+        if stop:
             tm.say(cfg, f"stopped by --time-limit in epoch {state['epoch'] + 1} of {cfg.epochs}; --resume goes on")
     tm.barrier()
     return hub.read_card(target)
 
 
-def refuse_overwrite(target, cfg, unfinished):
+def fit(parts, sets, state, cfg, folder, until):
+    """Train parts["net"] from `state` to the last epoch or the time `until`. Returns whether time was up, and the errors."""
+    stop, errors, clock = False, None, time.monotonic()
+    net, ema, optimizer = parts.values()
+
+    def save():
+        nonlocal clock
+        now = time.monotonic()
+        state["seconds"] += now - clock
+        clock = now
+        if tm.rank() == 0:
+            tensors = {name: part.state_dict() for name, part in parts.items()}
+            tm.write_atomic(folder / "last.pt", lambda f: torch.save({"state": state, **tensors}, f))
+
+    while state["epoch"] < cfg.epochs and not stop:
+        plan, name = plan_epoch(sets, cfg, state["epoch"]), f"epoch {state['epoch'] + 1}/{cfg.epochs}"
+        warmup = min(0.1, cfg.warmup_steps / (cfg.epochs * len(plan)))
+        for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=tm.silent(cfg)):
+            lr = cfg.lr * lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
+            state["losses"].append(train_step(net, ema, optimizer, batch, sets, cfg, lr))
+            state["step"] += 1
+            state["done"] += 1
+            stop = cfg.time_limit > 0 and tm.all_sum(float(time.monotonic() > until)) > 0
+            if state["done"] == len(plan):  # a full epoch, also when time is up
+                errors = validate(ema, sets, cfg)
+                row = [state["epoch"] + 1, state["step"], float(np.mean(state["losses"])), lr]
+                row += [*(e for pair in errors.values() for e in pair), round(state["seconds"] + time.monotonic() - clock, 1)]
+                state |= {"epoch": state["epoch"] + 1, "done": 0, "losses": [], "history": [*state["history"], row]}
+                if tm.rank() == 0:
+                    tm.write_text(folder / "history.csv", history_csv(sets, state["history"]))
+                tm.say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
+            if state["done"] == 0 or stop or time.monotonic() - clock > 60 * cfg.save_minutes:
+                save()
+            if stop:
+                break
+    return state["epoch"] < cfg.epochs, validate(ema, sets, cfg) if errors is None or state["done"] else errors
+
+
+def refuse_overwrite(target, cfg, resumed):
     """Modules merge only when they start from the same theta_0, so an existing one is not replaced unasked."""
     if not (target / "module.json").exists() or cfg.overwrite:
         return
     sha = hub.read_card(target)["tensors_sha256"]
     users = [name for name, card in hub.list_modules(cfg.hub).items() if card["backbone_sha256"] == sha]
-    cure = "give another --hub, or --overwrite"
     if users:
         names = ", ".join(users[:3]) + (f" and {len(users) - 3} more" if len(users) > 3 else "")
-        raise ValueError(f"{target}: {names} start from it and would not merge with later modules; {cure}")
-    if not unfinished:
-        raise ValueError(f"{target}: exists already; {cure}")
+        why = "start from it and would not merge with later modules"
+        raise ValueError(f"{target}: {names} {why}; give another --hub, or --overwrite and train them again")
+    if not resumed:
+        raise ValueError(f"{target}: exists already; give another --hub, or --overwrite")
 
 
 def make_card(cfg, arch, sets, errors, state):
     """The card's fields (design 3) that pre-training knows; hub.save adds hashes and signature."""
-    keys = ("batch_size", "max_atoms", "lr", "weight_decay", "warmup_steps", "clip", "ema", "edge_dropout", "temperature")
-    keys += ("epochs", "max_force", "max_energy", "val_fraction", "bf16")
     about = {}
     for s in sets.values():
-        elements = sorted({int(z) for i in s.train for z in s.crystals.Z[i]})
-        energy_mae, force_mae = errors[s.name]
+        seen = np.unique(np.concatenate([s.crystals.Z[i] for i in s.train]))
         about[s.name] = {
-            "rows_train": len(s.train),
-            "rows_val": len(s.val),
-            "rows_skipped": len(s.skipped),
-            "references_ev": {str(z): round(float(s.reference[z]), 6) for z in elements},  # by atomic number
-            "energy_scale_ev_per_atom": s.sigma,
-            "force_scale_ev_per_angstrom": s.force_scale or None,
-            "force_weight": s.force_weight if s.force_scale else None,
-            "val_mae_mev_per_atom": energy_mae,
-            "val_mae_mev_per_angstrom": force_mae if s.force_scale else None,
-        }
-    fingerprints = [s.crystals.fingerprint for s in sets.values()]
+            "rows_train": len(s.train), "rows_val": len(s.val), "rows_skipped": len(s.skipped),
+            "references_ev": {data.SYMBOLS[z]: round(float(s.reference[z]), 6) for z in seen},
+            "energy_scale_ev_per_atom": s.sigma, "force_scale_ev_per_angstrom": s.force_scale or None,
+            "force_weight": s.force_weight if s.force_scale else None, "val_mae_mev_per_atom": errors[s.name][0],
+            "val_mae_mev_per_angstrom": errors[s.name][1] if s.force_scale else None,
+        }  # fmt: skip
+    keys = "epochs batch_size max_atoms lr weight_decay warmup_steps clip ema edge_dropout temperature max_force max_energy"
     arch = arch | ({"forces": False} if "forces" in arch else {})
+    fingerprints = " ".join(s.crystals.fingerprint for s in sets.values())
     return {
-        "kind": hub.BACKBONE,
-        "architecture": arch,
-        "graph": arch["graph"],
-        "property": "energies and forces",
-        "dataset": ", ".join(sets),
-        "dataset_fingerprint": hashlib.sha256(" ".join(fingerprints).encode()).hexdigest(),
-        "rows_used": sum(len(s.train) + len(s.val) for s in sets.values()),
-        "rows_skipped": sum(len(s.skipped) for s in sets.values()),
-        "elements": sorted({int(z) for a in about.values() for z in a["references_ev"]}),
-        "seed": cfg.seed,
-        "split_seed": cfg.split_seed,
+        "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": "energies and forces",
+        "dataset": ", ".join(sets), "dataset_fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
+        "rows_used": sum(len(s.crystals) for s in sets.values()), "rows_skipped": sum(len(s.skipped) for s in sets.values()),
+        "elements": sorted({int(z) for s in sets.values() for i in s.train for z in s.crystals.Z[i]}),
+        "seed": cfg.seed, "split_seed": cfg.split_seed,
         "split": {k: sum(a[f"rows_{k}"] for a in about.values()) for k in ("train", "val")},
-        "training": {k: getattr(cfg, k) for k in keys} | {"steps": state["step"], "sets": about},
-        "seconds": round(state["seconds"], 1),
-        "hardware": tm.hardware(cfg),
-        "license_code": "MIT",
-        "license_weights": "",
-        "license_data": "",
-        "parents": [],
-        "weights": [],
-    }
+        "training": {k: getattr(cfg, k) for k in keys.split()} | {"steps": state["step"], "sets": about},
+        "seconds": round(state["seconds"], 1), "hardware": tm.hardware(cfg), "license_code": "MIT",
+        "license_weights": "", "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})),
+        "parents": [], "weights": [],
+    }  # fmt: skip
 
 
 def describe(errors):
-    force = lambda f: "" if math.isnan(f) else f", {f:.4g} meV/A"
-    return "; ".join(f"{name} {e:.4g} meV/atom{force(f)}" for name, (e, f) in errors.items())
+    return "; ".join(f"{name} {e:.4g} meV/atom" + (f", {f:.4g} meV/A" if f == f else "") for name, (e, f) in errors.items())
 
 
 def history_csv(sets, rows):
     columns = [c for name in sets for c in (f"{name} meV/atom", f"{name} meV/A")]
+    rows = [["" if x != x else x for x in row] for row in rows]  # nan: a set without forces
     return tm.csv_text(["epoch", "step", "train_loss", "lr", *columns, "seconds"], rows)
 
 

@@ -49,7 +49,7 @@ class Config:
     structure_column: str = ""
     id_column: str = ""
     unit: str = ""
-    transform: Literal["", "none", "log", "log10"] = ""
+    transform: str = ""  # none, log, log10, log1p
     pooling: Literal["", "mean", "sum", "max"] = ""
     limit: int = 0  # use this many random rows; 0: all
     on_error: Literal["skip", "stop"] = "skip"  # at a row that cannot be used
@@ -141,7 +141,7 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
         state["seconds"] += seconds
         state["history"].append([epoch + 1, sum(losses) / len(losses), val, lr, round(seconds, 3)])
         if rank() == 0:
-            write_csv(Path(folder) / "history.csv", HISTORY, state["history"])
+            write_text(Path(folder) / "history.csv", csv_text(HISTORY, state["history"]))
             tensors = {"model": live, "ema": ema, "best": best, "optimizer": optimizer.state_dict()}
             write_atomic(last, lambda f: torch.save({"state": state, **tensors}, f))
         if silent(cfg) and (epoch + 1) % max(1, cfg.epochs // 5) == 0:  # a log file gets five lines, not a bar
@@ -244,9 +244,6 @@ def prepare(cfg, arch):
             dataset = data.GraphDataset(crystals, data.GraphConfig(**arch["graph"]), cache_dir=cfg.cache, quiet=quiet)
         barrier()
     splits = data.make_splits(crystals, cfg.split_seed, cfg.split_file)
-    for name in ("train", "val"):
-        if len(splits[name]) == 0:
-            raise ValueError(f"{cfg.task}: none of {len(crystals.y)} crystals in the {name} split; use more rows or other splits")
     if not quiet:
         data.report_duplicates(crystals, splits)
     return crystals, dataset, splits
@@ -279,7 +276,7 @@ def train(cfg, folder, backbone, adapters, crystals, dataset, splits, head=None)
 
 
 def loader(dataset, indices, cfg, epoch=None, share=True):
-    """Batches of `indices`: shuffled by (seed, epoch), or in order without epoch. Each process gets its part of each."""
+    """Batches of `indices`: shuffled by (seed, epoch), or in order without epoch. Each process gets its part."""
     generator = None if epoch is None else torch.Generator().manual_seed(cfg.seed * EPOCH_SEED + epoch)
     chunks = data.batch_indices(dataset.num_atoms, indices, cfg.batch_size, cfg.max_atoms, generator)
     if share:
@@ -354,23 +351,21 @@ def load_tensors(module, tensors, where):
 def make_card(cfg, base, crystals, splits, result, mean, std, errors):
     """The fields of design 3 that training knows; hub.save adds hashes and signature. No paths, row ids or labels."""
     task, unit = crystals.task, data.unit_of(crystals.task)
-    mae = {k: float(np.abs(p - y).mean()) if len(y) else None for k, (_, y, p) in errors.items()}
+    mae = {k: float(np.abs(p - y).mean()) for k, (_, y, p) in errors.items()}
     settings = ("epochs", "batch_size", "max_atoms", "lr", "weight_decay", "ema", "clip", "patience", "bf16")
     done = {"epochs_run": result["epochs"], "best_epoch": result["best_epoch"]}
-    y_test = errors["test"][1]
-    device = pick_device(cfg.device)
-    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    arch, y_test = base["architecture"], errors["test"][1]
     return {
-        "name": cfg.name, "kind": cfg.kind, "architecture": base["architecture"], "graph": base["architecture"]["graph"],
+        "name": cfg.name, "kind": cfg.kind, "architecture": arch, "graph": arch["graph"],
         "backbone_sha256": base.get("tensors_sha256"), "property": task.name, "unit": unit, "physical_unit": task.unit,
         "transform": task.transform, "pooling": task.pooling, "normalizer_mean": mean, "normalizer_std": std,
         "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint, "rows_used": len(crystals.y),
         "rows_skipped": len(crystals.skipped), "elements": sorted({int(z) for Z in crystals.Z for z in Z}),
         "seed": cfg.seed, "split_seed": cfg.split_seed, "split": {k: len(v) for k, v in splits.items()},
         "training": {k: getattr(cfg, k) for k in settings} | done, "val_mae": mae["val"], "test_mae": mae["test"],
-        "mad": float(np.abs(y_test - mean).mean()) if len(y_test) else None,  # error of predicting the training mean
+        "mad": float(np.abs(y_test - mean).mean()),  # error of predicting the training mean
         "seconds": result["seconds"], "license_code": "MIT", "license_weights": base.get("license_weights"),
-        "hardware": f"{world()} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}",
+        "hardware": hardware(cfg),
     }  # fmt: skip
 
 
@@ -384,9 +379,9 @@ def run(cfg):
         return hub.read_card(target)
     backbone, base = load_backbone(cfg.hub)
     arch = base["architecture"]
-    for key in ("preset", "backbone"):
-        if getattr(cfg, key) and getattr(cfg, key) != arch[key]:
-            raise ValueError(f"--{key} {getattr(cfg, key)}: the backbone of {cfg.hub} is {arch[key]}; use another --hub")
+    for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
+        if wanted and wanted != arch[key]:
+            raise ValueError(f"--{key} {wanted}: the backbone of {cfg.hub} is {arch[key]}; give another --hub")
     cfg.lr = cfg.lr or LR.get(arch["preset"], 5e-4)
     folder = Path(cfg.output or Path(cfg.hub) / ".runs" / cfg.name)
     claim(folder, cfg, cfg.resume)
@@ -399,9 +394,9 @@ def run(cfg):
     model, result, mean, std, errors = train(cfg, folder, backbone, adapters, crystals, dataset, splits)
     if rank() == 0:
         card = make_card(cfg, base, crystals, splits, result, mean, std, errors)
-        g = (adapters or backbone).state_dict()
-        hub.save(target, g, card, model.head.state_dict(), history=result["history"], overwrite=cfg.overwrite)
-        write_csv(folder / "skipped.csv", ["id", "reason"], crystals.skipped)
+        g, head = tensors_of(adapters or backbone), tensors_of(model.head)
+        hub.save(target, g, card, head, history=result["history"], overwrite=cfg.overwrite)
+        write_skipped(folder / "skipped.csv", crystals.skipped)
         (folder / "last.pt").unlink(missing_ok=True)  # the module stands: nothing to resume
         errors = ", ".join(f"{k.replace('_', ' ')} {number(card[k])}" for k in ("val_mae", "test_mae", "mad"))
         say(cfg, f"{target}: {errors} {card['unit']}")
@@ -441,7 +436,7 @@ def claim(folder, cfg, resume=False):
         for k in sorted((old.keys() & mine.keys()) - FREE):
             if old[k] != mine[k]:
                 raise ValueError(f"{folder}: {flag(k)} was {old[k]!r}, now {mine[k]!r}; --resume needs the same")
-    write_atomic(path, lambda f: f.write((json.dumps(mine, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(mine, indent=2) + "\n")
 
 
 def write_atomic(path, write):
@@ -454,14 +449,22 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def write_csv(path, header, rows):
-    write_atomic(path, lambda f: f.write(csv_text(header, rows).encode()))
+def write_text(path, text):
+    write_atomic(path, lambda f: f.write(text.encode()))
+
+
+def write_skipped(path, skipped):
+    write_text(path, csv_text(["id", "reason"], skipped))
 
 
 def csv_text(header, rows):
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([header, *rows])
     return out.getvalue()
+
+
+def tensors_of(module):
+    return {k: v.detach().cpu() for k, v in module.state_dict().items()}
 
 
 def clone(tensors):
@@ -486,6 +489,12 @@ def pick_device(name="auto"):
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def hardware(cfg):
+    device = pick_device(cfg.device)
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{world()} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}"
 
 
 def autocast(cfg, device):
@@ -525,7 +534,7 @@ def all_sum(x):
 
 
 def reduce_gradients(params):
-    """Sum of the gradients over the processes. A parameter that none of them used has no gradient, as in one process."""
+    """Sum of the gradients over the processes. One that none of them used has no gradient, as in one process."""
     if world() == 1:
         return
     used = params[0].new_tensor([float(p.grad is not None) for p in params])
@@ -549,7 +558,7 @@ def say(cfg, line):
 
 
 def parse(Config, doc, argv=None):
-    """One flag per field: help from the comment beside it, choices from Literal; a list is what comes without a flag."""
+    """One flag per field: help from the comment beside it, choices from Literal; a list comes without a flag."""
     parts = inspect.cleandoc(doc).split("\n\n")
     example = next((p for p in parts if p.startswith("    python")), "")
     script = (example.split() or ["", Path(sys.argv[0]).name])[1]
@@ -615,7 +624,7 @@ def refuse(message):
 
 
 def main(run, Config, doc, argv=None):
-    """A script: exit 0 with the result made, 2 and one line for wrong input, 130 after Ctrl-C; a traceback for a bug."""
+    """A script: exit 0 with the result made, 2 and one line for wrong input, 130 after Ctrl-C; bugs: a traceback."""
     script = Path(sys.argv[0]).name
     try:
         result = run(parse(Config, doc, argv))

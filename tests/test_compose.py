@@ -170,8 +170,9 @@ def test_select_is_the_papers_ablation():
 
 
 def test_a_large_merge_gap_is_said_aloud():
-    assert "LARGE" not in compose.merge_verdict(merged=0.60, mixture=0.54, theta_0=0.67)[0]
-    assert "LARGE" in compose.merge_verdict(merged=0.74, mixture=0.68, theta_0=0.76)[0]
+    assert compose.merge_verdict(merged=0.60, mixture=0.54, theta_0=0.67)[1] is False  # 0.06 of 0.13 is lost
+    said, large = compose.merge_verdict(merged=0.74, mixture=0.68, theta_0=0.76)  # 0.06 of 0.08
+    assert large and said[0].startswith("merge gap +0.060") and said[1].startswith("LARGE")
     assert compose.merge_verdict(merged=0.81, mixture=0.80, theta_0=0.80)[1] is False  # nothing to lose
 
 
@@ -279,3 +280,143 @@ def test_few_shot_rows_are_nested_and_repeatable():
     assert compose.few_shot(rows, 0, seed=1).tolist() == rows.tolist()
     with pytest.raises(ValueError, match="--few-shot 101: the training split has 100"):
         compose.few_shot(rows, 101, seed=1)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole stage
+
+TASK, N_ROWS = "demo_optical_gap", 40
+
+
+@pytest.fixture(scope="module", params=["full", "adapter"])
+def made(request, tmp_path_factory):
+    """A hub of four untrained modules: theta_0 and noise. Returns (kind, hub, cache)."""
+    import model
+
+    folder, kind = tmp_path_factory.mktemp(request.param), request.param
+    arch = model.preset("tiny")
+    torch.manual_seed(0)
+    backbone, adapters = model.build_backbone(arch), model.new_adapters(arch)
+    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"]}
+    sha = hub.save(folder / "hub" / "backbone", backbone.state_dict(), card, adapters_init=adapters.state_dict())["tensors_sha256"]
+    start = (backbone if kind == "full" else adapters).state_dict()
+    for i, name in enumerate(("a", "b", "c", "d")):
+        g = torch.Generator().manual_seed(i)
+        noise = {k: x + 2 * x.std(correction=0) * torch.randn(x.shape, generator=g) for k, x in start.items() if x.dim()}
+        card = {"kind": kind, "architecture": arch, "graph": arch["graph"], "backbone_sha256": sha, "elements": [8, i + 1],
+                "license_code": "MIT", "license_weights": "CC-BY-NC-4.0" if name == "b" else "MIT"}  # fmt: skip
+        hub.save(folder / "hub" / name, start | noise, card)
+    return kind, folder / "hub", folder / "cache"
+
+
+def config(made, output, **changes):
+    _, where, cache = made
+    settings = {"task": TASK, "data": "demo", "limit": N_ROWS, "bootstrap": 10, "quiet": True, "device": "cpu"}
+    return Config(hub=str(where), cache=str(cache), output=str(output), **(settings | changes))
+
+
+def test_compose_writes_a_module_a_report_and_a_chart(made, tmp_path, capsys):
+    kind, where, _ = made
+    result = compose.run(config(made, tmp_path / "composed", quiet=False))
+    card, stored = hub.read_card(tmp_path / "composed"), json.loads((tmp_path / "composed" / "composition.json").read_text())
+    assert stored == {k: v for k, v in result.items() if k != "output"}
+    weights = {name: x["weight"] for name, x in stored["modules"].items()}
+    assert list(weights) == ["a", "b", "c", "d"] and abs(sum(weights.values()) - 1) < 1e-9
+    used = {name: w for name, w in weights.items() if w > 0}
+    assert card["kind"] == kind and card["weights"] == list(used.values()) and card["property"] == TASK
+    assert card["parents"] == [{"name": n, "tensors_sha256": hub.read_card(where / n)["tensors_sha256"]} for n in used]
+    assert card["license_weights"].startswith("CC-BY-NC-4.0" if "b" in used else "MIT")
+    expected = merge({name: where / name for name in weights}, list(weights.values()))
+    found = hub.load_tensors(tmp_path / "composed")
+    assert all(torch.equal(found[k], x) for k, x in expected.items())
+    assert stored["frank_wolfe_gap"] < 1e-8 and stored["rows_used"] == 28 and stored["neighbors"] == 5
+    e = stored["errors"]
+    assert e["mixture"] <= min(e["best_single"], e["uniform"]) + 1e-8 and e["theta_0"] > 0 and e["mean"] == (28 / 27) ** 2
+    assert stored["merge_gap"] == e["composed"] - e["mixture"]
+    assert (tmp_path / "composed_weights.png").read_bytes()[:4] == b"\x89PNG"
+    assert hub.verify(where) == []
+    out = capsys.readouterr().out
+    assert "mixture of predictions" in out and "merge gap" in out and "eV" in out
+
+
+def test_composing_again_runs_no_network_and_gives_the_same(made, tmp_path, monkeypatch):
+    import model
+
+    first = compose.run(config(made, tmp_path / "composed"))
+    names = [p.name for p in sorted((made[2] / "embeddings").iterdir())]
+    monkeypatch.setattr(model, "build_backbone", None)
+    assert compose.run(config(made, tmp_path / "again")) == first | {"output": str(tmp_path / "again")}
+    assert names == [p.name for p in sorted((made[2] / "embeddings").iterdir())]
+    again = (tmp_path / "again" / "module.safetensors").read_bytes()
+    assert again == (tmp_path / "composed" / "module.safetensors").read_bytes()
+
+
+def test_labels_outside_the_training_split_do_not_matter(made, tmp_path, monkeypatch):
+    import data
+
+    first, load = compose.run(config(made, tmp_path / "composed")), data.load
+
+    def other_labels(*args, **kwargs):
+        crystals = load(*args, **kwargs)
+        splits = data.make_splits(crystals, 0)
+        crystals.y[np.concatenate([splits["val"], splits["test"]])] = 1e6
+        return crystals
+
+    monkeypatch.setattr(data, "load", other_labels)
+    second = compose.run(config(made, tmp_path / "again"))
+    assert second["modules"] == first["modules"] and second["errors"] == first["errors"]
+    assert second["label_std"] == first["label_std"]
+
+
+def test_one_module_is_returned_bit_for_bit(made, tmp_path):
+    result = compose.run(config(made, tmp_path / "composed", modules="c", bootstrap=0))
+    assert (tmp_path / "composed/module.safetensors").read_bytes() == (made[1] / "c/module.safetensors").read_bytes()
+    assert result["merge_gap"] == 0 and result["modules"]["c"]["weight"] == 1
+
+
+def test_variants_few_shot_and_neighbours(made, tmp_path):
+    result = compose.run(config(made, tmp_path / "all", select="all", few_shot=6, neighbors=50, temperature=1.0))
+    assert [x["weight"] for x in result["modules"].values()] == [0.25] * 4
+    assert result["rows_used"] == 6 and result["neighbors"] == 5 and result["temperature"] == 1.0
+    assert any("K=5, not 50" in note for note in result["notes"])
+    few = compose.run(config(made, tmp_path / "few", few_shot=2))
+    assert not few["weights_unique"] and any("not unique" in note for note in few["notes"])
+
+
+def test_several_tasks_make_a_heat_map(made, tmp_path):
+    import demo
+
+    result = compose.run(config(made, tmp_path, task="", all=True, limit=20, bootstrap=0))
+    weights = json.loads((tmp_path / "heat_map.json").read_text())
+    assert list(weights) == list(result["results"]) == [k for k in demo.TASKS if demo.TASKS[k]["role"] == "downstream"]
+    assert (tmp_path / "heat_map.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / TASK / "composed" / "module.json").exists()
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"modules": "a,zz"}, ValueError, "--modules zz: not in .*a, b, c, d"),
+    ({"few_shot": 1}, ValueError, "m=1"),
+    ({"few_shot": 29}, ValueError, "--few-shot 29: the training split has 28 rows"),
+    ({"hub": "nowhere"}, FileNotFoundError, "nowhere: no such hub"),
+    ({"task": "demo_optical_ga"}, ValueError, "demo_optical_ga:"),
+])  # fmt: skip
+def test_errors_say_what_where_and_the_cure(made, tmp_path, changes, error, message):
+    cfg = config(made, tmp_path / "composed")
+    for k, v in changes.items():
+        setattr(cfg, k, v)
+    with pytest.raises(error, match=message):
+        compose.run(cfg)
+    assert not (tmp_path / "composed").exists()
+
+
+def test_a_foreign_module_is_named_before_any_tensor_is_read(made, tmp_path, monkeypatch):
+    kind, where, _ = made
+    card = hub.read_card(where / "a") | {"backbone_sha256": "0" * 64}
+    hub.save(where / "zz", hub.load_tensors(where / "a"), card)
+    try:
+        monkeypatch.setattr(hub, "open_tensors", None)
+        with pytest.raises(ValueError, match="module zz: backbone_sha256"):
+            compose.run(config(made, tmp_path / "composed"))
+    finally:
+        for p in (where / "zz").iterdir():
+            p.unlink()
+        (where / "zz").rmdir()
