@@ -63,6 +63,7 @@ class Config:
     max_atoms: int = 2000  # never more atoms in a batch; 0: no limit
     num_workers: int = 0  # processes that load batches
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: bool = False  # accepted as everywhere; what is embedded already is never computed again
     config: str = ""  # a run's config.json as defaults
     quiet: bool = False
 
@@ -274,7 +275,7 @@ def merge_verdict(merged: float, mixture: float, theta_0: float | None):
 
 
 def make_embed(cfg, arch, kind, dataset, rows):
-    """Returns embed(key, load) -> (m, C): crystals `rows`, each the mean over its atoms, under the tensors load() gives.
+    """Returns embed(key, load) -> (m, C): crystals `rows`, the mean over their atoms, under the tensors load() gives.
 
     key tells the tensors apart (their hash). A result is a file named by key, structures and settings, so a module is
     run once on a task, ever. Adapters run on stored atom features: one pass of the backbone for a whole hub of them;
@@ -330,7 +331,7 @@ def make_embed(cfg, arch, kind, dataset, rows):
 
 
 def cached(cfg, key, fill):
-    """The array in the file named by the hash of key; where there is none, fill(new) first fills the array new(shape)."""
+    """The array in the file named by the hash of key; if there is none, fill(new) first fills the array new(shape)."""
     folder = data.cache_folder(cfg.cache) / "embeddings"
     file = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.npy"
     if not file.exists():
@@ -399,7 +400,8 @@ def run(cfg):
     columns = zip(w, amc["w_amc"], alone, *boot, strict=True)
     values = [{k: x if x is None else float(x) for k, x in zip(names, row, strict=True)} for row in columns]
     result = {
-        "task": crystals.task.name, "unit": data.unit_of(crystals.task), "rows_used": len(rows), "label_std": float(y.std()),
+        "task": crystals.task.name, "unit": data.unit_of(crystals.task), "label_std": float(y.std()),
+        "rows_used": len(y),
         "modules": {name: {"tensors_sha256": sha[name], **v} for name, v in zip(modules, values, strict=True)},
         "best_single": list(modules)[int(alone.argmin())], "errors": errors,
         "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
@@ -429,13 +431,14 @@ def candidates(cfg):
             raise ValueError(f"--modules {name}: not in {cfg.hub}, which has {', '.join(cards) or 'none'}")
     cards = {name: c for name, c in cards.items() if (not names or name in names) and cfg.kind in ("", c["kind"])}
     if not cards:
-        raise ValueError(f"{cfg.hub}: no {cfg.kind} module to compose".replace("  ", " ") + "; train some with `make hub`")
+        kind = f"{cfg.kind} " if cfg.kind else ""
+        raise ValueError(f"{cfg.hub}: no {kind}module to compose; train some with `make hub`")
     if len({card["kind"] for card in cards.values()}) > 1:
         raise ValueError(f"{cfg.hub}: has full and adapter modules, which do not mix; choose with --kind")
     hub.check_compatible(cards, cfg.hub)
     theta_0, some = Path(cfg.hub) / hub.BACKBONE, next(iter(cards))
     if theta_0.is_dir() and hub.read_card(theta_0)["tensors_sha256"] != cards[some]["backbone_sha256"]:
-        raise ValueError(f"{theta_0}: not the theta_0 that module {some} started from; put that one there, or train again")
+        raise ValueError(f"{theta_0}: not the theta_0 that module {some} started from; put that one there")
     return cards
 
 
@@ -471,7 +474,7 @@ def make_card(cfg, cards, parents, crystals, rows):
         "training": {"composed": cfg.select, "neighbors": cfg.neighbors, "temperature": cfg.temperature},
         "parents": [{"name": name, "tensors_sha256": card["tensors_sha256"]} for name, card in cards.items()],
         "weights": list(parents.values()),
-        **{f"license_{k}": strictest(card.get(f"license_{k}") for card in cards.values()) for k in ("code", "weights", "data")},
+        **{k: strictest(c.get(k) for c in cards.values()) for k in ("license_code", "license_weights", "license_data")},
     }  # fmt: skip
 
 
@@ -542,8 +545,9 @@ def report(r):
     said = {"mixture": "mixture of predictions", "composed": "composed module", "amc": "AMC's own mixture"}
     said |= {"best_single": f"best module, {r['best_single']}", "uniform": "mixture of all alike", "theta_0": "theta_0"}
     for k, text in {**said, "mean": "predicting the mean"}.items():
-        if r["errors"][k] is not None and (k != "amc" or r["select"] != "amc"):
-            lines.append(f"  {text:<{wide + 16}}  {r['errors'][k]:12.3f}   {r['errors'][k] ** 0.5 * r['label_std']:.4g}")
+        e = r["errors"][k]
+        if e is not None and (k != "amc" or r["select"] != "amc"):
+            lines.append(f"  {text:<{wide + 16}}  {e:12.3f}   {e**0.5 * r['label_std']:.4g}")
     return "\n".join([*lines, *r["notes"], f"{r['solver']}, Frank-Wolfe gap {r['frank_wolfe_gap']:.1e}"])
 
 

@@ -20,8 +20,10 @@ import os
 import shutil
 import sys
 import warnings
+import zipfile
+import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +52,9 @@ class Task:
     license: str = ""  # of the data
 
     def __post_init__(self):
-        for field, allowed in (("transform", tuple(TRANSFORMS)), ("pooling", ("mean", "sum", "max"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"task {self.name}: {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}")
+        for key, value, allowed in (("transform", self.transform, TRANSFORMS), ("pooling", self.pooling, POOLINGS)):
+            if value not in allowed:
+                raise ValueError(f"task {self.name}: {key} '{value}' is not one of {', '.join(allowed)}")
 
 
 TRANSFORMS = {  # name: (label from raw value, raw value from label, the raw value must be above)
@@ -61,36 +63,40 @@ TRANSFORMS = {  # name: (label from raw value, raw value from label, the raw val
     "log10": (np.log10, lambda y: 10.0**y, 0.0),
     "log1p": (np.log1p, np.expm1, -1.0),
 }
+POOLINGS = ("mean", "sum", "max")
 ID_COLUMNS = ("id", "material_id", "mpid", "jid", "qm9_index", "source_id", "likely_mpid", "task")
-DERIVED = {f"dielectric {f}": [f"epsilon_{k} {f}" for k in "xyz"] for f in ("opt", "tbmbj")}  # means, if the table lacks them
-MP, JARVIS = "CC BY 4.0 (Materials Project)", "NIST, free use (JARVIS-DFT)"
+DERIVED = {f"dielectric {f}": [f"epsilon_{k} {f}" for k in "xyz"] for f in ("opt", "tbmbj")}  # column: mean of columns
+MP, JARVIS = "CC BY 4.0 (Materials Project)", "NIST, free use (JARVIS-DFT)"  # licences
+RICCI, EPS = "ricci_boltztrap_mp_tabular", "relative permittivity"
 
 
 def _table(role, license, rows, **common):
     """Rows (name, paper's row, dataset, column, unit[, transform]) -> {name: Task}."""
     tasks = {}
     for name, paper, dataset, column, unit, *rest in rows:
-        transform = rest[0] if rest else "none"
-        tasks[name] = Task(name, dataset, column, unit=unit, transform=transform, role=role, paper=paper, license=license, **common)
+        values = dict(unit=unit, transform=rest[0] if rest else "none", role=role, paper=paper, license=license)
+        tasks[name] = Task(name, dataset, column, **values, **common)
     return tasks
 
 
-# The logarithms are natural unless the column itself is a log10; which targets are logged follows Chang et al. 2022 (whose
-# sets these are). For the JARVIS moduli, dielectric constants and effective masses that is inferred from published means.
+FORCE_FIELD = Task("", "", "energy", unit="eV", pooling="sum", role="pretrain", forces_column="forces")
+
+# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli and dielectric
+# constants and the effective masses that is inferred from the published means.
 TASKS = {
     **_table("hub", MP, [
         ("mp_eform", "MP Formation Energy", "matbench_mp_e_form", "e_form", "eV/atom"),
         ("mp_bandgap", "MP Band Gap", "matbench_mp_gap", "gap pbe", "eV"),
         ("mp_gvrh", "MP Shear Modulus", "matbench_log_gvrh", "log10(G_VRH)", "log10(GPa)"),
         ("mp_kvrh", "MP Bulk Modulus", "matbench_log_kvrh", "log10(K_VRH)", "log10(GPa)"),
-        ("n_e_cond", "n-type Electrical Conductivity", "ricci_boltztrap_mp_tabular", "σ.n [1/Ω/m/s]", "1/Ω/m/s", "log1p"),
-        ("p_e_cond", "p-type Electrical Conductivity", "ricci_boltztrap_mp_tabular", "σ.p [1/Ω/m/s]", "1/Ω/m/s", "log1p"),
-        ("n_th_cond", "n-type Thermal Conductivity", "ricci_boltztrap_mp_tabular", "κₑ.n [W/K/m/s]", "W/K/m/s", "log1p"),
-        ("p_th_cond", "p-type Thermal Conductivity", "ricci_boltztrap_mp_tabular", "κₑ.p [W/K/m/s]", "W/K/m/s", "log1p"),
-        ("n_Seebeck", "n-type Seebeck Coefficient", "ricci_boltztrap_mp_tabular", "S.n [µV/K]", "uV/K"),
-        ("p_Seebeck", "p-type Seebeck Coefficient", "ricci_boltztrap_mp_tabular", "S.p [µV/K]", "uV/K"),
-        ("n_avg_eff_mass", "n-type Effective Mass", "ricci_boltztrap_mp_tabular", "mₑᶜ.n.ε̄ [mₑ]", "electron masses", "log"),
-        ("p_avg_eff_mass", "p-type Effective Mass", "ricci_boltztrap_mp_tabular", "mₑᶜ.p.ε̄ [mₑ]", "electron masses", "log"),
+        ("n_e_cond", "n-type Electrical Conductivity", RICCI, "σ.n [1/Ω/m/s]", "1/Ω/m/s", "log1p"),
+        ("p_e_cond", "p-type Electrical Conductivity", RICCI, "σ.p [1/Ω/m/s]", "1/Ω/m/s", "log1p"),
+        ("n_th_cond", "n-type Thermal Conductivity", RICCI, "κₑ.n [W/K/m/s]", "W/K/m/s", "log1p"),
+        ("p_th_cond", "p-type Thermal Conductivity", RICCI, "κₑ.p [W/K/m/s]", "W/K/m/s", "log1p"),
+        ("n_Seebeck", "n-type Seebeck Coefficient", RICCI, "S.n [µV/K]", "uV/K"),
+        ("p_Seebeck", "p-type Seebeck Coefficient", RICCI, "S.p [µV/K]", "uV/K"),
+        ("n_avg_eff_mass", "n-type Effective Mass", RICCI, "mₑᶜ.n.ε̄ [mₑ]", "electron masses", "log"),
+        ("p_avg_eff_mass", "p-type Effective Mass", RICCI, "mₑᶜ.p.ε̄ [mₑ]", "electron masses", "log"),
     ]),
     **_table("hub", "CC BY (Castelli et al. 2012)", [
         ("castelli_eform", "Perovskite Formation Energy", "castelli_perovskites", "e_form", "eV/cell"),
@@ -98,7 +104,7 @@ TASKS = {
     **_table("hub", JARVIS, [
         ("jarvis_eform", "JARVIS Formation Energy", "jarvis_dft_3d", "e_form", "eV/atom"),
         ("jarvis_bandgap", "JARVIS Band Gap", "jarvis_dft_3d", "gap opt", "eV"),
-        ("jarvis_dielectric_opt", "JARVIS Dielectric Constant", "jarvis_dft_3d", "dielectric opt", "relative permittivity", "log"),
+        ("jarvis_dielectric_opt", "JARVIS Dielectric Constant", "jarvis_dft_3d", "dielectric opt", EPS, "log"),
         ("jarvis_gvrh", "JARVIS Shear Modulus", "jarvis_dft_3d", "shear modulus", "GPa", "log"),
         ("jarvis_kvrh", "JARVIS Bulk Modulus", "jarvis_dft_3d", "bulk modulus", "GPa", "log"),
     ]),
@@ -107,22 +113,22 @@ TASKS = {
         ("expt_eform", "Formation Enthalpy", "expt_formation_enthalpy_kingsbury", "expt_form_e", "eV/atom"),
     ]),
     **_table("downstream", JARVIS, [
-        ("jarvis_2d_dielectric_opt", "2D Dielectric Constant", "jarvis_dft_2d", "dielectric opt", "relative permittivity"),
+        ("jarvis_2d_dielectric_opt", "2D Dielectric Constant", "jarvis_dft_2d", "dielectric opt", EPS),
         ("jarvis_2d_eform", "2D Formation Energy", "jarvis_dft_2d", "e_form", "eV/atom"),
         ("jarvis_2d_exfoliation", "Exfoliation Energy", "jarvis_dft_2d", "exfoliation_en", "meV/atom"),
         ("jarvis_2d_gap_opt", "2D Band Gap", "jarvis_dft_2d", "gap opt", "eV"),
-        ("jarvis_3d_eps_tbmbj", "3D Poly Electronic", "jarvis_dft_3d", "dielectric tbmbj", "relative permittivity"),
+        ("jarvis_3d_eps_tbmbj", "3D Poly Electronic", "jarvis_dft_3d", "dielectric tbmbj", EPS),
         ("jarvis_3d_gap_tbmbj", "3D Band Gap", "jarvis_dft_3d", "gap tbmbj", "eV"),
     ]),
     **_table("downstream", MP, [
         ("mp_dielectric", "Refractive Index", "matbench_dielectric", "n", "refractive index", "log"),
         ("mp_elastic_anisotropy", "Elastic Anisotropy", "elastic_tensor_2015", "elastic_anisotropy", ""),
-        ("mp_eps_electronic", "Electronic Dielectric Constant", "phonon_dielectric_mp", "eps_electronic", "relative permittivity", "log"),
-        ("mp_eps_total", "Dielectric Constant", "phonon_dielectric_mp", "eps_total", "relative permittivity", "log"),
+        ("mp_eps_electronic", "Electronic Dielectric Constant", "phonon_dielectric_mp", "eps_electronic", EPS, "log"),
+        ("mp_eps_total", "Dielectric Constant", "phonon_dielectric_mp", "eps_total", EPS, "log"),
         ("mp_phonons", "Phonons Mode Peak", "matbench_phonons", "last phdos peak", "1/cm", "log"),
         ("mp_poisson_ratio", "Poisson Ratio", "elastic_tensor_2015", "poisson_ratio", ""),
-        ("mp_poly_electronic", "Poly Electronic", "dielectric_constant", "poly_electronic", "relative permittivity"),
-        ("mp_poly_total", "Poly Total", "dielectric_constant", "poly_total", "relative permittivity"),
+        ("mp_poly_electronic", "Poly Electronic", "dielectric_constant", "poly_electronic", EPS),
+        ("mp_poly_total", "Poly Total", "dielectric_constant", "poly_total", EPS),
         ("piezoelectric_tensor", "Piezoelectric Modulus", "piezoelectric_tensor", "eij_max", "C/m^2", "log1p"),
     ]),
     **_table("hub", "published for free use (QM9)", [
@@ -149,7 +155,7 @@ TASKS = {
     ]),
     **_table("extra", JARVIS, [  # left out by the paper: 120 rows each
         ("jarvis_2d_gap_tbmbj", "", "jarvis_dft_2d", "gap tbmbj", "eV"),
-        ("jarvis_2d_dielectric_tbmbj", "", "jarvis_dft_2d", "dielectric tbmbj", "relative permittivity"),
+        ("jarvis_2d_dielectric_tbmbj", "", "jarvis_dft_2d", "dielectric tbmbj", EPS),
         ("jarvis_2d_gap", "", "jarvis_2d_gap", "gap opt", "eV"),
     ]),
     **_table("pretrain", "", [  # energies without forces
@@ -158,17 +164,15 @@ TASKS = {
     ]),
     **_table("pretrain", "", [("qm9", "", "qm9", "u0_atom", "eV")], pooling="sum", structure_column="molecule"),
     # Energies and forces. Rows of one task share a zero of energy (one code, functional and set of references).
-    **_table("pretrain", "", [
-        ("ff_mattersim_benchmarks", "", "ff_mattersim_benchmarks", "energy", "eV"),  # all of it: PBE(+U), VASP
-        ("ff_mad", "", "ff_mad", "energy", "eV"),
-        ("ff_mlearn", "", "ff_mlearn", "energy", "eV"),
-    ], pooling="sum", forces_column="forces"),
     **{
-        name: Task(name, dataset, "energy", structure, unit="eV", pooling="sum", role="pretrain", forces_column="forces", subset=subset)
+        name: replace(FORCE_FIELD, name=name, dataset=dataset, structure_column=structure, subset=subset)
         for name, dataset, structure, subset in [
+            ("ff_mattersim_benchmarks", "ff_mattersim_benchmarks", "structure", ""),  # all of it: PBE(+U), VASP
             ("ff_mptrj", "ff_mattersim_benchmarks", "structure", "mptrj-random-1k;mptrj-highest-stress-1k"),
             ("ff_alexandria", "ff_mattersim_benchmarks", "structure", "alexandria-random-1k"),
             ("ff_mattersim", "ff_mattersim_benchmarks", "structure", "mpf-TP;mpf-alkali-TP;random-TP"),
+            ("ff_mad", "ff_mad", "structure", ""),
+            ("ff_mlearn", "ff_mlearn", "structure", ""),
             ("ff_aspirin", "ff_molecules", "molecule", "aspirin_ccsd"),
             ("ff_ethanol", "ff_molecules", "molecule", "ethanol_ccsdt"),
             ("ff_solvents", "ff_molecules", "molecule", "solvent_gfn2xtb"),
@@ -190,7 +194,8 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
 
         name = name if name in demo.TASKS else f"demo_{name}"
         if name not in demo.TASKS:
-            raise ValueError(f"--task {name[5:]}: the embedded crystals have no such task; they have {', '.join(demo.TASKS)}")
+            have = ", ".join(demo.TASKS)
+            raise ValueError(f"--task {name[5:]}: the embedded crystals have no such task; they have {have}")
         known = {k: v for k, v in demo.TASKS[name].items() if k in Task.__dataclass_fields__}
         forces = "forces" if known["role"] == "pretrain" else ""
         return replace(Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **known), **overrides)
@@ -202,32 +207,34 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
         known = replace(known or Task(name or Path(data).name.split(".")[0]), dataset=str(data))
     elif known is None:
         offered = [*tasks, *TASKS, *ALIASES]
-        near = difflib.get_close_matches(name, offered, 4, 0.4) or offered[:4]
+        near = ", ".join(difflib.get_close_matches(name, offered, 4, 0.4) or offered[:4])
         where = f"{tasks_file} and the task table" if tasks_file else "the task table"
-        raise ValueError(f"--task {name}: not in {where}; near names: {', '.join(near)}; for data of your own pass --tasks FILE or --data PATH")
+        cure = "for data of your own pass --tasks FILE or --data PATH"
+        raise ValueError(f"--task {name}: not in {where}; near names: {near}; {cure}")
     return replace(known, **overrides)
 
 
 def read_tasks(path) -> dict:
-    """{name: Task} from a JSON file {name: {"data": file, field of Task: value, ...}}; paths are relative to the file."""
-    path = Path(path)
+    """{name: Task} from JSON {name: {"data": file, field of Task: value, ...}}; paths are relative to the file."""
+    path, keys = Path(path), [f.name for f in fields(Task)][2:]
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"--tasks {path}: no such file") from None
     except ValueError as error:
-        raise ValueError(f"--tasks {path}: not JSON ({error}); it should hold {{name: {{\"data\": ..., \"target_column\": ...}}}}") from None
-    known, tasks = [f.name for f in fields(Task)], {}
+        raise ValueError(f"--tasks {path}: not JSON: {error}") from None
+    tasks = {}
     for name, entry in entries.items() if isinstance(entries, dict) else [("", None)]:
-        if not isinstance(entry, dict) or not ("data" in entry or "dataset" in entry):
-            raise ValueError(f"--tasks {path}: entry '{name}' should be an object with \"data\" (a file, a folder or a matminer name)")
-        strange = sorted(set(entry) - set(known) - {"data"})
+        if not isinstance(entry, dict) or "data" not in entry:
+            raise ValueError(f'--tasks {path}: entry \'{name}\' should be an object with "data": a file, a folder or a matminer name')
+        strange = ", ".join(sorted(set(entry) - {"data", *keys}))
         if strange:
-            raise ValueError(f"--tasks {path}: '{name}' has unknown keys {', '.join(strange)}; known: data, {', '.join(known[2:])}")
-        values = {"paper": TASKS[name].paper if name in TASKS else "", "license": TASKS[name].license if name in TASKS else "", **entry}
-        source = values.pop("data", None) or values.pop("dataset", "")
-        here = path.parent / source
-        tasks[name] = Task(**{**values, "name": name, "dataset": str(here) if here.exists() or "/" in source or "." in source else source})
+            raise ValueError(f"--tasks {path}: '{name}' has unknown keys {strange}; known: data, {', '.join(keys)}")
+        known, source = TASKS.get(name, Task(name)), entry["data"]
+        if (path.parent / source).exists() or "/" in source or "." in source:  # else a matminer name
+            source = str(path.parent / source)
+        values = {k: v for k, v in entry.items() if k != "data"}
+        tasks[name] = Task(name, source, **{"paper": known.paper, "license": known.license, **values})
     return tasks
 
 
@@ -242,9 +249,8 @@ def task_names(role: str, tasks_file="", data="") -> list:
 
 def unit_of(task: Task) -> str:
     """Unit of the label after the transform: "log(1/cm)" where the column is in 1/cm."""
-    if task.transform == "none":
-        return task.unit
-    return f"log(1 + {task.unit or 'x'})" if task.transform == "log1p" else f"{task.transform}({task.unit or 'x'})"
+    unit = task.unit or "1"
+    return {"none": task.unit, "log1p": f"log(1 + {unit})"}.get(task.transform, f"{task.transform}({unit})")
 
 
 def transform(task: Task, raw):
@@ -278,7 +284,7 @@ class Crystals:
     y: np.ndarray  # (M,) float64 in unit_of(task); NaN where there is no label and none was asked for
     row: np.ndarray  # (M,) int64 position in the source, skipped rows counted; split files hold these
     split: list | None = None  # "train", "val", "test" or "" of a targets.csv
-    skipped: list = ()  # [(id, reason)]
+    skipped: list = field(default_factory=list)  # [(id, reason)]
     forces: list | None = None  # (A, 3) float64 each, eV/Å
     fingerprint: str = ""  # sha256 over Z, pos, cell, y
     num_rows: int = 0  # rows of the source
@@ -307,7 +313,8 @@ def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False, ca
         values = pick_column(rows, "subset", source)
         mine = np.flatnonzero(np.isin(values, wanted))
         if not len(mine):
-            raise ValueError(f"{source}: no row has subset {' or '.join(wanted)}; there are {', '.join(sorted(set(values))[:12])}")
+            there = ", ".join(sorted(set(values.tolist()))[:12])
+            raise ValueError(f"{source}: no row has subset {' or '.join(wanted)}; there are {there}")
     if limit:  # RandomState: its stream is frozen for good, unlike default_rng's
         mine = mine[np.random.RandomState(0).permutation(len(mine))]
         end = np.searchsorted(np.cumsum(problems[mine] == ""), limit) + 1
@@ -316,21 +323,22 @@ def load(task: Task, limit=0, on_error="skip", need_target=True, quiet=False, ca
     keep = mine[problems[mine] == ""]
     ids = rows["id"]
     if len(bad) and on_error == "stop":
-        raise ValueError(f"{source}: row {bad[0]} (id {ids[bad[0]]}): {problems[bad[0]]}; --on-error skip leaves such rows out")
+        i = bad[0]
+        raise ValueError(f"{source}: row {i} (id {ids[i]}): {problems[i]}; --on-error skip leaves such rows out")
     if not len(keep):
         raise ValueError(f"{source}: none of {len(mine)} rows can be used ({count_reasons(problems[bad])})")
     start = np.concatenate([[0], np.cumsum(rows["count"])])
     parts = [slice(start[i], start[i + 1]) for i in keep]
     crystals = Crystals(
         task=task,
-        ids=[str(ids[i]) for i in keep],
+        ids=ids[keep].tolist(),
         Z=[rows["Z"][s] for s in parts],
         pos=[rows["pos"][s] for s in parts],
         cell=list(rows["cell"][keep]),
         pbc=rows["pbc"][keep],
         y=rows["y"][keep],
         row=keep,
-        split=[str(s) for s in rows["column:split"][keep]] if "column:split" in rows else None,
+        split=rows["column:split"][keep].tolist() if is_text(rows, "split") else None,
         skipped=[(str(ids[i]), str(problems[i])) for i in bad],
         forces=[rows["forces"][s] for s in parts] if task.forces_column else None,
         num_rows=len(problems),
@@ -344,15 +352,18 @@ def print_summary(crystals, source, num_read, keys):
     """What was read and what it looks like, on stderr."""
     task, y = crystals.task, crystals.y[np.isfinite(crystals.y)]
     reasons = count_reasons([reason for _, reason in crystals.skipped])
-    counts = [len(z) for z in crystals.Z]
-    symbols = elements(crystals)
-    lines = [f"{task.name} ({source}): {num_read} rows read, {len(crystals)} kept, {len(crystals.skipped)} skipped{': ' if reasons else ''}{reasons}"]
+    atoms, symbols = [len(z) for z in crystals.Z], elements(crystals)
+    names = f": {' '.join(symbols)}" if len(symbols) <= 20 else ""
+    lines = [
+        f"{task.name} ({source}): {num_read} rows read, {len(crystals)} kept, {len(crystals.skipped)} skipped"
+        + (f": {reasons}" if reasons else ""),
+        f"  {len(symbols)} elements{names}; atoms per cell: median {np.median(atoms):g}, max {max(atoms)}; "
+        f"{len(keys) - len(set(keys))} duplicate structures" + ("; with forces" if crystals.forces else ""),
+    ]
     if len(y):
-        stats = ", ".join(f"{name} {f(y):.5g}" for name, f in (("min", np.min), ("median", np.median), ("max", np.max), ("mean", np.mean), ("std", np.std)))
-        lines.append(f"  label {task.target_column or 'target'} [{unit_of(task) or 'no unit'}]: {stats}")
-    shown = " ".join(symbols) if len(symbols) <= 20 else ""
-    lines.append(f"  {len(symbols)} elements{': ' if shown else ''}{shown}; atoms per cell: median {np.median(counts):g}, max {max(counts)}"
-                 f"; {len(keys) - len(set(keys))} duplicate structures{'; with forces' if crystals.forces else ''}")  # fmt: skip
+        statistics = {"min": np.min, "median": np.median, "max": np.max, "mean": np.mean, "std": np.std}
+        shown = ", ".join(f"{name} {statistic(y):.5g}" for name, statistic in statistics.items())
+        lines.insert(1, f"  label {task.target_column} [{unit_of(task) or 'no unit'}]: {shown}")
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -418,29 +429,30 @@ class Skip(Exception):
 
 
 def read_rows(task: Task, cache_dir="", quiet=False):
-    """Every row of the task's source as flat arrays, through the cache. Returns (task, its target column filled in; source; rows).
+    """Every row of the task's source, through the cache. Returns the task with its columns filled in, the source, the rows.
 
     rows: id (R,) str; count (R,) atoms, 0 where the structure is unusable; reason (R,) str; Z, pos, forces over all atoms;
     cell (R, 3, 3); pbc (R,); key (R,) duplicate_key; "column:NAME" (R,) one array for every column of numbers or words.
     """
-    demo_name = task.dataset.removeprefix("demo:") if task.dataset.startswith("demo:") else ""
-    path = Path(importlib.util.find_spec("demo").origin) if demo_name else find_source(task)
-    forces = task.forces_column or bool(task.target_column)
-    key = [CACHE_VERSION, str(path.resolve()), path_state(path), demo_name, task.structure_column, forces, task.id_column]
+    embedded = task.dataset.removeprefix("demo:") if task.dataset.startswith("demo:") else ""
+    path = Path(importlib.util.find_spec("demo").origin) if embedded else find_source(task)
+    wanted = [embedded, task.structure_column, task.id_column, task.forces_column or bool(task.target_column)]
+    key = [CACHE_VERSION, str(path.resolve()), path_state(path), *wanted]
     cached = cache_folder(cache_dir) / f"rows-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
     rows = None
     if cached.exists():
         try:
             with np.load(cached, allow_pickle=False) as stored:
                 rows = dict(stored)
-        except (OSError, ValueError, KeyError, EOFError):
+        except DAMAGED:
             rows = None  # damaged: read the source again
     if rows is None:
-        rows = collect(demo_rows(demo_name) if demo_name else source_rows(path, task), task, quiet)
+        rows = collect(demo_rows(embedded) if embedded else source_rows(path, task), task, quiet)
         store_rows(cached, rows)
-    return resolve_target(task, rows), task.dataset if demo_name else str(path), rows
+    return resolve_target(task, rows), task.dataset if embedded else str(path), rows
 
 
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what reading half a cache file can raise
 CACHE_VERSION = 1  # raise when collect() or build_graphs() writes something else
 
 
@@ -461,12 +473,15 @@ def store_rows(path: Path, rows):
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        print(f"{path.parent}: the parsed rows cannot be cached ({error.strerror}); set MOMA_CACHE to a folder that can be written", file=sys.stderr)
+        cure = "set MOMA_CACHE to a folder that can be written"
+        print(f"{path.parent}: the parsed rows cannot be cached ({error.strerror}); {cure}", file=sys.stderr)
 
 
 def path_state(path: Path) -> str:
-    """Size and time of a file, or of every file in a folder."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    """Size and time of a file and, where it is a folder or a list of files, of every structure file in it."""
+    files = [path]
+    if path.is_dir() or path.suffix == ".csv":
+        files += [p for p, _ in source_rows(path, None) if p.is_file()]
     return ";".join(f"{p.name},{s.st_size},{s.st_mtime_ns}" for p in files for s in [p.stat()])
 
 
@@ -865,7 +880,7 @@ def json_stream(path: Path, block=1 << 22):
                     f.seek(0)
                     yield "whole", json.load(f)
                     return
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError, OSError):
+        except (EOFError, OSError, zlib.error, UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError(damaged) from None
 
 
@@ -1433,7 +1448,7 @@ class GraphDataset:
             with np.load(self.folder / "starts.npz") as stored:
                 self.starts = dict(stored)
             self.fields = self._map()
-        except (OSError, ValueError, KeyError, EOFError):
+        except DAMAGED:
             return False
         return True
 

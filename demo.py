@@ -2,9 +2,10 @@
 
     python demo.py                         prints every task with its unit and the spread of its labels
 
-Ions with tabulated radii fill prototypes (rocksalt, fluorite, perovskite, ...) so that charges cancel; radii give the cell
-size; the cells are then scaled, sheared and rattled at random. Every label is a closed formula of the structure, none is
-DFT. The seed of a task is its name, each task has crystals of its own, and all is rounded, so every machine gets the same.
+Ions with tabulated radii fill prototypes (rocksalt, fluorite, perovskite, ...) so that charges cancel; radii give the
+cell size; the cells are then scaled, sheared and rattled at random. Every label is a closed formula of the structure,
+none is DFT. The seed of a task is its name, no two tasks share crystals, and all is rounded:
+every machine gets the same.
 
 A: atoms of a crystal. P: directed atom pairs i -> j, periodic images included. Lengths A, energies eV, masses u.
 """
@@ -20,9 +21,9 @@ COULOMB = 14.399645  # e^2 / (4 pi eps_0), eV A
 BOND_MADELUNG = 1.747565 / 6  # rocksalt's Madelung constant M per bond
 
 # element: Z, mass (u), charge, radius (A), electronegativity, polarisability (A^3), Born exponent
-# Radii: Shannon 1976, six-fold; P and As from the bond lengths of III-V crystals. Electronegativities: Pauling. Electronic
-# polarisabilities: rounded, after Tessman, Kahn, Shockley 1953; gaps filled from refractive indices. Born exponents: 5 7 9 10
-# 12 for the cores of He Ne Ar Kr Xe.
+# Radii: Shannon 1976, six-fold; P and As from the bond lengths of III-V crystals. Electronegativities: Pauling.
+# Electronic polarisabilities: rounded, after Tessman, Kahn, Shockley 1953; gaps filled from refractive indices. Born
+# exponents: 5 7 9 10 12 for the cores of He Ne Ar Kr Xe.
 IONS = {
     "Li": (3, 6.94, 1, 0.76, 0.98, 0.03, 5), "Na": (11, 22.990, 1, 1.02, 0.93, 0.41, 7),
     "K": (19, 39.098, 1, 1.38, 0.82, 1.33, 9), "Rb": (37, 85.468, 1, 1.52, 0.82, 1.98, 10),
@@ -99,12 +100,12 @@ class Crystal(NamedTuple):
 def make(name, n=0):
     """One embedded data set, always the same for the same name: see TASKS. n: only its first n crystals.
 
-    Returns dict(ids: list of str, Z: list of int64 (A,), pos: list of (A, 3), cell: list of (3, 3), pbc: bool (M,), y: (M,),
-    forces: list of (A, 3) eV/A or None, unit, pooling). A name may leave out the prefix "demo_".
+    Returns dict(ids: list of str, Z: list of int64 (A,), pos: list of (A, 3), cell: list of (3, 3), pbc: bool (M,),
+    y: (M,), forces: list of (A, 3) eV/A or None, unit, pooling). A name may leave out the prefix "demo_".
     """
-    name = name if name in TASKS else f"demo_{name}"
-    if name not in TASKS:
+    if name not in TASKS and f"demo_{name}" not in TASKS:
         raise ValueError(f"no embedded data set {name!r}; there are {', '.join(TASKS)}")
+    name = name if name in TASKS else f"demo_{name}"
     task, rng = TASKS[name], np.random.default_rng(zlib.crc32(name.encode()))
     far = dict(rattle=0.3, closest=0.75) if task["role"] == "pretrain" else {}
     crystals, y, forces = [], [], []
@@ -115,7 +116,7 @@ def make(name, n=0):
             continue
         label = LABELS[name](c)
         energy, f = label if isinstance(label, tuple) else (label, None)
-        if np.isfinite(energy):  # a formula that does not hold for this crystal says NaN; another crystal takes its place
+        if np.isfinite(energy):  # NaN: the formula does not hold for this crystal; the next takes its place
             crystals.append(c)
             y.append(float(f"{energy:.8g}"))
             forces.append(f)
@@ -160,7 +161,7 @@ TASKS = {
         "J/(mol K)", "downstream", "Debye heat capacity at 150 K, chalcogenides only", n=100, anions="O S Se Te"
     ),
     "demo_forcefield": _task("eV", "pretrain", "total energy and forces of a pair potential", n=3000, pooling="sum"),
-    "demo_clusters": _task("eV", "pretrain", "the same potential, neutral clusters, not periodic", n=1500, pooling="sum"),
+    "demo_clusters": _task("eV", "pretrain", "the same for neutral clusters, not periodic", n=1500, pooling="sum"),
 }
 RELATED = {  # downstream task: hub tasks that the same physics decides, nearest first
     "demo_refractive_index": ["demo_dielectric"],
@@ -226,11 +227,11 @@ def prototype(name):
 
 
 def build(name, ions):
-    """The perfect crystal of a prototype: {"A": "Na", "X": "Cl"} in "rocksalt" gives a = 5.66 A. None: the ions do not fit.
+    """The perfect crystal: {"A": "Na", "X": "Cl"} in "rocksalt" has a = 5.66 A. None: the ions do not fit.
 
-    Bonds are sums of radii times (coordination / 6)^(1/8) (Goldschmidt: 0.95 and 1.036 for four- and eight-fold), on average
-    over the bonds; longer where anions would else overlap by more than a tenth. Perovskites of a bad tolerance factor and
-    small cations between large anions are left out.
+    Bonds are sums of radii times (coordination / 6)^(1/8) (Goldschmidt: 0.95 and 1.036 for four- and eight-fold), on
+    average over the bonds; longer where anions would else overlap by more than a tenth. Perovskites of a bad tolerance
+    factor and small cations between large anions are left out.
     """
     roles, frac, cell = prototype(name)
     counts = [(ions[r], roles.count(r)) for r in sorted(ions)]
@@ -281,11 +282,12 @@ def cut_cluster(rng, c):
 
 # --------------------------------------------------------------------------------------------------------- the geometry
 def neighbours(c, cutoff):
-    """All atom pairs nearer than cutoff (A), both directions. Returns i, j (P,), vectors i -> j (P, 3), distances (P,)."""
+    """All atom pairs nearer than cutoff (A), both directions: i, j (P,), vectors i -> j (P, 3), distances (P,)."""
     shifts = np.zeros((1, 3))
     if c.cell.any():
         inverse = np.linalg.inv(c.cell)  # a column's length is 1 / the height of the cell
         shifts = box(cutoff * np.linalg.norm(inverse, axis=0) + np.ptp(c.pos @ inverse, axis=0)) @ c.cell
+        shifts = shifts[(shifts**2).sum(axis=1) < (cutoff + np.linalg.norm(np.ptp(c.pos, axis=0))) ** 2]
     v = c.pos[None, :, None] - c.pos[:, None, None] + shifts  # (A, A, S, 3)
     d2 = np.einsum("ijsx,ijsx->ijs", v, v)
     i, j, s = np.nonzero((d2 < cutoff**2) & (d2 > 1e-12))
@@ -299,7 +301,7 @@ def box(n):
 
 
 def bonds(c, cutoff=7.0):
-    """Pairs of opposite charge with Hoppe's weights (ECoN, 1979): w = exp(1 - (d / nearest of i)^6). Returns i, j, d, w (P,).
+    """Pairs of opposite charge, i, j, d, w (P,), with Hoppe's weights (ECoN, 1979) w = exp(1 - (d / nearest of i)^6).
 
     The weights of atom i sum to its effective coordination number: 6 in rocksalt, 4 in zincblende.
     """
@@ -323,10 +325,10 @@ def ewald(c, q, width=1.0):
     """
     A, V = len(c.pos), volume(c)
     a = np.sqrt(np.pi) * (A / V**2) ** (1 / 6) / width  # 1/A
-    i, j, _, d = neighbours(c, 4.5 / a)
+    i, j, _, d = neighbours(c, 4.1 / a)
     real = (q[i] * q[j] * erfc(a * d) / d).sum() / 2
     reciprocal = 2 * np.pi * np.linalg.inv(c.cell).T  # rows
-    k = box(9 * a * np.linalg.norm(c.cell, axis=1) / (2 * np.pi)) @ reciprocal  # (S, 3)
+    k = box(8.2 * a * np.linalg.norm(c.cell, axis=1) / (2 * np.pi)) @ reciprocal  # (S, 3)
     k2 = (k**2).sum(axis=1)
     k, k2 = k[k2 > 1e-9], k2[k2 > 1e-9]
     S = np.exp(1j * k @ c.pos.T) @ q  # (S,) structure factors
@@ -335,7 +337,7 @@ def ewald(c, q, width=1.0):
 
 
 def reduced_charges(c):
-    """Formal charges scaled to a root mean square of 1, so that structure and bond length, not q^2, decide an energy."""
+    """Formal charges scaled to a root mean square of 1: structure and bond length, not q^2, decide an energy."""
     q = c.ion["q"]
     return q / np.sqrt((q**2).mean())
 
@@ -346,10 +348,9 @@ def ewald_energy(c):
 
 
 def lattice_energy(c):
-    """Born-Lande energy of the reduced charges, eV/atom: Ewald energy + (M / 6) e^2 |q_i q_j| d0^(n-1) / (n d^n) by bonds.
+    """Born-Lande energy of the reduced charges, eV/atom: Ewald + (M / 6) e^2 |q_i q_j| d0^(n-1) / (n d^n) by bonds.
 
-    d0 is the sum of the radii and n the mean Born exponent; rocksalt at d = d0 gets the textbook's (1 - 1/n) of its Ewald
-    energy.
+    d0: sum of the radii; n: mean Born exponent. Rocksalt at d = d0 gets the textbook's (1 - 1/n) of its Ewald energy.
     """
     i, j, _, d = neighbours(c, 6.0)
     q, d0, n = reduced_charges(c), *pair(c, i, j)[1:]
@@ -374,7 +375,7 @@ def density(c):
 
 
 def dielectric(c):
-    """Electronic dielectric constant, (eps - 1) / (eps + 2) = 4 pi sum(alpha) / (3 V) (Clausius-Mossotti). NaN above 12."""
+    """Electronic dielectric constant: (eps - 1) / (eps + 2) = 4 pi sum(alpha) / (3 V), Clausius-Mossotti. NaN: > 12."""
     x = 4 * np.pi / 3 * c.ion["alpha"].sum() / volume(c)
     return (1 + 2 * x) / (1 - x) if x < 11 / 14 else np.nan
 
@@ -382,9 +383,9 @@ def dielectric(c):
 def gap(c):
     """Band gap, eV: sqrt(E_h^2 + C^2) averaged over the bonds, less a band width. NaN where bands overlap: no metals.
 
-    Covalent part E_h = 39.74 d^-2.48 (Phillips 1970, Van Vechten 1969); ionic part C = 5.8 (difference of electronegativities)
-    (d0 / d)^2 in place of their screened Coulomb term; width 1.6 hbar^2 / (m d^2) sqrt(coordination), the second moment of
-    the hopping (Friedel) with hopping as in Harrison 1980.
+    Covalent part E_h = 39.74 d^-2.48 (Phillips 1970, Van Vechten 1969); ionic part C = 5.8 (difference of
+    electronegativities) (d0 / d)^2 in place of their screened Coulomb term; width 1.6 hbar^2 / (m d^2)
+    sqrt(coordination), the second moment of the hopping (Friedel), with hopping as in Harrison 1980.
     """
     i, j, d, w = bonds(c)
     E_h = 39.74 * d**-2.48
@@ -429,7 +430,7 @@ def optical_gap(c):
 
 
 def heat_capacity(c):
-    """Debye's heat capacity at 150 K, J/(mol K), a mole of atoms. k theta = h nu_rms sqrt(5 / 3) keeps the mean omega^2."""
+    """Debye's heat capacity at 150 K, J/(mol K) of atoms; k theta = h nu_rms sqrt(5/3) keeps the mean omega^2."""
     x = 47.9924 * phonon_frequency(c) * np.sqrt(5 / 3) / 150  # theta / T
     t = (np.arange(200) + 0.5) / 200 * x
     return 9 * 8.314463 / x**2 * (t**4 * np.exp(-t) / np.expm1(-t) ** 2).mean()
@@ -439,7 +440,7 @@ def pair_potential(c, cutoff=6.0, damping=0.2, rho=0.35, charge=0.5):
     """Total energy (eV) and forces (A, 3) (eV/A): Born-Mayer repulsion + damped Coulomb of half the formal charges.
 
     Every pair's v(d) is replaced by v(d) - v(R) - v'(R) (d - R), so energy and force vanish at the cutoff R (Wolf 1999;
-    Fennell and Gezelter 2006). The repulsion balances Madelung's attraction per bond where d = d0, the sum of the radii.
+    Fennell and Gezelter 2006). The repulsion balances a bond's share of the attraction at d = d0, the sum of the radii.
     """
 
     def v(d):
@@ -469,5 +470,5 @@ LABELS = {
 if __name__ == "__main__":
     for name, task in TASKS.items():
         s = make(name)
-        low, middle, high = np.percentile(s["y"], [0, 50, 100])
-        print(f"{name:22} {len(s['y']):5} {low:9.3f} {middle:9.3f} {high:9.3f}  {task['unit']:22}{task['role']:11}{task['note']}")
+        spread = "".join(f"{y:9.3f}" for y in np.percentile(s["y"], [0, 50, 100]))
+        print(f"{name:22}{len(s['y']):5} {spread} {task['unit']:22}{task['role']:11}{task['note']}")

@@ -31,10 +31,10 @@ INTERACTIONS = ("int_blocks.", "fc_full.", "bn1.", "bn2.")  # parameter names, G
 @dataclass
 class Config(tm.Config):
     hub: str = "hub"  # has backbone/ and the modules
-    name: str = ""  # of the model, on its card; default: the task
+    name: str = ""  # run folder is runs/NAME; default: the task
     init: str = "composed"  # composed (runs/TASK/composed), backbone, scratch, a name in the hub, or a folder
     freeze: Literal["none", "head", "new-head", "interactions"] = "none"  # see above
-    output: str = ""  # run folder; default: runs/TASK
+    output: str = ""  # or any other run folder
     kind: Literal["full", "adapter"] = "full"  # what to train with --init backbone; a module has its own kind
     preset: str = ""  # with --init scratch; default: the hub's, or small
     backbone: str = ""  # with --init scratch: gemnet_oc or cgcnn; default: the hub's
@@ -56,7 +56,7 @@ def start(cfg):
     card = hub.read_card(path)
     for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
         if wanted and wanted != card["architecture"][key]:
-            raise ValueError(f"--{key} {wanted}: {path} is {card['architecture'][key]}; this flag is for --init scratch")
+            raise ValueError(f"--{key} {wanted}: {path} is {card['architecture'][key]}; the flag is for --init scratch")
     cfg.kind = card["kind"] if card["kind"] in ("full", "adapter") else cfg.kind
     if cfg.freeze == "head" and "head.safetensors" not in card["files_sha256"]:
         raise ValueError(f"--freeze head: {path} has no head to continue; use --freeze new-head")
@@ -122,8 +122,8 @@ def scores(y, prediction, mean, unit):
 def run(cfg):
     """Fine-tune, write the run folder, return its metrics."""
     tm.start_processes(cfg)
-    folder = Path(cfg.output or Path("runs") / cfg.task)
     cfg.name = cfg.name or cfg.task
+    folder = Path(cfg.output or Path("runs") / cfg.name)
     if folder.name == hub.BACKBONE:
         raise ValueError(f"--output {folder}: that name is theta_0's; choose another")
     if (folder / "metrics.json").exists() and not cfg.overwrite:
@@ -167,7 +167,8 @@ def write(cfg, folder, model, result, origin, crystals, splits, mean, std, error
     card = tm.make_card(cfg, origin, crystals, splits, result, mean, std, errors)
     card["elements"] = sorted({*card["elements"], *(origin.get("elements") or [])})
     if cfg.init != "scratch":
-        card |= {"parents": [{"name": Path(cfg.init).name, "tensors_sha256": origin["tensors_sha256"]}], "weights": [1.0]}
+        parent = {"name": origin["name"], "tensors_sha256": origin["tensors_sha256"]}
+        card |= {"parents": [parent], "weights": [1.0]}
     if origin.get("kind") != "backbone":
         card["backbone_sha256"] = origin.get("backbone_sha256")
     save_model(folder, model, card)
@@ -181,15 +182,10 @@ def write(cfg, folder, model, result, origin, crystals, splits, mean, std, error
 
 def save_model(folder, model, card):
     """model.safetensors (backbone, adapters, head) and the card, which carries its hash."""
-    tensors = tm.tensors_of(model)
-    file, temporary = folder / "model.safetensors", folder / "model.safetensors.tmp"
+    tensors, file, temporary = tm.tensors_of(model), folder / "model.safetensors", folder / "model.safetensors.tmp"
     digest = hub.write_tensors(temporary, tensors, shown=file)
     temporary.replace(file)
-    filled = {"format_version": hub.FORMAT_VERSION, "signature": hub.signature(tensors), "tensors_sha256": digest}
-    filled |= {"num_parameters": sum(t.numel() for t in tensors.values()), "files_sha256": {file.name: digest}}
-    text = hub.to_json({**dict.fromkeys(hub.CARD), **card, **filled}, folder / "module.json")
-    hub.parse_card(text, folder / "module.json")
-    tm.write_text(folder / "module.json", text)
+    hub.write_card(folder / "module.json", card, tensors, {file.name: digest})
 
 
 def draw_parity(path, crystals, errors, score):

@@ -95,8 +95,9 @@ class ScaleFactor(nn.Module):
 
     def forward(self, x, reference=None):
         if self.fitting:
-            target = 1.0 if reference is None else reference.var(dim=0).mean()
-            self.scale_factor.copy_((target / x.var(dim=0).mean().clamp(min=1e-12)).sqrt())
+            var, target = (1.0 if r is None else float(r.var(dim=0, correction=0).mean()) for r in (x, reference))
+            alike = not (min(var, target) > 1e-6 * float(x.square().mean()))  # no rows, one, or equal ones: nothing to keep
+            self.scale_factor.fill_(1.0 if alike else (target / var) ** 0.5)
             self.unset = False
         if self.unset is None:
             self.unset = float(self.scale_factor) == 0.0

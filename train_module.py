@@ -240,7 +240,7 @@ def prepare(cfg, arch):
     quiet = cfg.quiet or rank() > 0
     for first in (True, False):  # the first process fills the cache, the others find it filled
         if (rank() == 0) == first:
-            crystals = data.load(task, limit=cfg.limit, on_error=cfg.on_error, quiet=quiet)
+            crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
             dataset = data.GraphDataset(crystals, data.GraphConfig(**arch["graph"]), cache_dir=cfg.cache, quiet=quiet)
         barrier()
     splits = data.make_splits(crystals, cfg.split_seed, cfg.split_file)
