@@ -38,16 +38,16 @@ class Config:
     all: bool = False  # every downstream task whose data are here; as several, with a heat map tasks x modules
     data: str = ""  # folder, file or "demo"; default: the task's own data set
     tasks: str = ""  # JSON file with more tasks
-    target_column: str = ""  # with --data; so are the five below
+    target_column: str = ""  # of --data, as the five below
     structure_column: str = ""
     id_column: str = ""
     unit: str = ""
-    transform: Literal["", "none", "log", "log10"] = ""
+    transform: str = ""  # none, log, log10, log1p
     pooling: Literal["", "mean", "sum", "max"] = ""
     limit: int = 0  # use this many random rows; 0: all
     on_error: Literal["skip", "stop"] = "skip"  # at a row that cannot be used
-    split_seed: int = 0  # 70/15/15
-    split_file: str = ""  # or row numbers {"train", "val", "test"}
+    split_seed: int = 0  # of 70/15/15
+    split_file: str = ""  # or row numbers: {"train": [], "val": [], "test": []}; "{task}" in it is the name
     hub: str = "hub"
     output: str = ""  # default: runs/TASK/composed; of several tasks: runs, the folder above
     cache: str = ""  # folder of the built graphs and of the embeddings
@@ -266,8 +266,8 @@ def merge_verdict(merged: float, mixture: float, theta_0: float | None):
     large = gap > LARGE_GAP * gain
     found = [f"merge gap {gap:+.3f}: composed module less mixture of predictions, in MSE / variance"]
     if large:
-        found.append("LARGE merge gap: the composed module is not what the weights promise. Train theta_0 longer, or "
-                     "the modules less far from it, or compose adapters")  # fmt: skip
+        found.append("LARGE merge gap: the composed module is not what the weights promise; train theta_0 longer, or "
+                     "the modules less far from it")  # fmt: skip
     return found, large
 
 

@@ -81,8 +81,8 @@ def _table(role, license, rows, **common):
 
 FORCE_FIELD = Task("", "", "energy", unit="eV", pooling="sum", role="pretrain", forces_column="forces")
 
-# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli and dielectric
-# constants and the effective masses that is inferred from the published means.
+# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli, the JARVIS
+# dielectric constant and the effective masses that is inferred from the published means.
 TASKS = {
     **_table("hub", MP, [
         ("mp_eform", "MP Formation Energy", "matbench_mp_e_form", "e_form", "eV/atom"),
@@ -186,7 +186,7 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
     """The task of that name: from tasks_file (JSON), from the embedded crystals (data="demo"), or from TASKS.
 
     data: a file or folder of one's own; a known name then lends its column, unit and transform, a new one makes a new
-    task. overrides: fields of Task; empty ones leave the field alone. A name the tasks file lacks is looked up in TASKS.
+    task. overrides: fields of Task; empty ones are ignored. A name that the tasks file lacks is looked up in TASKS.
     """
     overrides = {k: v for k, v in overrides.items() if v not in ("", None)}
     if data == "demo":
@@ -200,8 +200,8 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
         forces = "forces" if known["role"] == "pretrain" else ""
         return replace(Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **known), **overrides)
     tasks = read_tasks(tasks_file) if tasks_file else {}
-    if name not in tasks and name in ALIASES:
-        name = ALIASES[name]
+    name = ALIASES.get(name, name) if name not in tasks else name
+    name = {k.lower(): k for k in [*TASKS, *tasks]}.get(name.lower(), name)  # modules of a hub have lower-case names
     known = tasks.get(name) or TASKS.get(name)
     if data:
         known = replace(known or Task(name or Path(data).name.split(".")[0]), dataset=str(data))
@@ -226,7 +226,8 @@ def read_tasks(path) -> dict:
     tasks = {}
     for name, entry in entries.items() if isinstance(entries, dict) else [("", None)]:
         if not isinstance(entry, dict) or "data" not in entry:
-            raise ValueError(f'--tasks {path}: entry \'{name}\' should be an object with "data": a file, a folder or a matminer name')
+            form = 'an object with "data": a file, a folder or a matminer name'
+            raise ValueError(f"--tasks {path}: entry '{name}' should be {form}")
         strange = ", ".join(sorted(set(entry) - {"data", *keys}))
         if strange:
             raise ValueError(f"--tasks {path}: '{name}' has unknown keys {strange}; known: data, {', '.join(keys)}")
@@ -368,7 +369,7 @@ def print_summary(crystals, source, num_read, keys):
 
 
 def count_reasons(reasons) -> str:
-    """"no label 12, disordered site 3": the rule is what stands before the colon."""
+    """Rows by rule, which is what stands before the colon: "no label 12, disordered site 3"."""
     counts = Counter(str(r).split(":")[0] for r in reasons)
     return ", ".join(f"{rule} {n}" for rule, n in counts.most_common())
 
@@ -429,10 +430,10 @@ class Skip(Exception):
 
 
 def read_rows(task: Task, cache_dir="", quiet=False):
-    """Every row of the task's source, through the cache. Returns the task with its columns filled in, the source, the rows.
+    """Every row of the task's source, through the cache. Returns the task, its columns filled in; the source; the rows.
 
-    rows: id (R,) str; count (R,) atoms, 0 where the structure is unusable; reason (R,) str; Z, pos, forces over all atoms;
-    cell (R, 3, 3); pbc (R,); key (R,) duplicate_key; "column:NAME" (R,) one array for every column of numbers or words.
+    rows: id (R,) str; count (R,) atoms, 0 where the structure is unusable; reason (R,) str; Z, pos, forces over all
+    atoms; cell (R, 3, 3); pbc (R,); key (R,) duplicate_key; "column:NAME" (R,) for every column of numbers or words.
     """
     embedded = task.dataset.removeprefix("demo:") if task.dataset.startswith("demo:") else ""
     path = Path(importlib.util.find_spec("demo").origin) if embedded else find_source(task)
@@ -506,7 +507,7 @@ def collect(stream, task, quiet=False):
             keys.append("")
             pbc.append(False)
         Z.append(z), pos.append(x), cell.append(box), forces.append(f)
-        scalars = {k: v for k, v in values.items() if v is None or isinstance(v, (int, float)) or isinstance(v, str) and len(v) <= 200}
+        scalars = {k: v for k, v in values.items() if is_number(v) or isinstance(v, str) and len(v) <= 200}
         names.update(dict.fromkeys(scalars))
         table.append(scalars)
     rows = {
@@ -522,7 +523,7 @@ def collect(stream, task, quiet=False):
         rows["forces"] = np.concatenate([np.zeros((0, 3)), *forces])
     for name in names:
         column = [r.get(name) for r in table]
-        if all(v is None or isinstance(v, (int, float)) for v in column):
+        if all(is_number(v) for v in column):
             rows[f"column:{name}"] = np.array([np.nan if v is None else v for v in column], dtype=np.float64)
         else:
             rows[f"column:{name}"] = np.array(["" if v is None else str(v) for v in column], dtype=str)
@@ -540,8 +541,16 @@ def collect(stream, task, quiet=False):
     return rows
 
 
+def is_number(value) -> bool:
+    """Or missing, which is NaN in a column of numbers."""
+    return value is None or isinstance(value, (int, float))
+
+
 def read_forces(values, num_atoms):
-    forces = np.asarray(values if values is not None else [], dtype=np.float64)
+    try:
+        forces = np.asarray(values if values is not None else [], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise Skip("no forces: not a table of numbers") from None
     if forces.shape != (num_atoms, 3):
         raise Skip(f"no forces: shape {forces.shape} for {num_atoms} atoms")
     if not np.isfinite(forces).all():
@@ -553,6 +562,10 @@ def columns_of(rows) -> list:
     return [k.removeprefix("column:") for k in rows if k.startswith("column:")]
 
 
+def is_text(rows, name) -> bool:
+    return f"column:{name}" in rows and rows[f"column:{name}"].dtype.kind == "U"
+
+
 def pick_column(rows, name, source):
     """(R,) values of one column; some are means of others (DERIVED) where the table lacks them."""
     if f"column:{name}" in rows:
@@ -560,7 +573,8 @@ def pick_column(rows, name, source):
     parts = DERIVED.get(name, [])
     if parts and all(f"column:{p}" in rows for p in parts):
         return np.mean([as_numbers(rows[f"column:{p}"]) for p in parts], axis=0)
-    raise ValueError(f"{source}: no column '{name}' (columns: {', '.join(columns_of(rows))}); name it with --target-column or in the tasks file")
+    there = ", ".join(columns_of(rows))
+    raise ValueError(f"{source}: no column '{name}' (columns: {there}); --target-column or the tasks file names it")
 
 
 def as_numbers(values):
@@ -582,7 +596,7 @@ def resolve_target(task, rows):
     if task.target_column:
         return task
     names = columns_of(rows)
-    numbers = [n for n in names if rows[f"column:{n}"].dtype.kind == "f" and n not in ID_COLUMNS]
+    numbers = [n for n in names if not is_text(rows, n) and n not in ID_COLUMNS]
     choice = next((n for n in ("target", "energy") if n in names), numbers[0] if len(numbers) == 1 else "")
     forces = "forces" if "forces" in rows else ""
     if choice == "energy" and not task.unit:
@@ -656,10 +670,11 @@ def find_source(task: Task) -> Path:
     if not why:
         return home / f"{name}.json.gz"
     here = home / "tasks.json"
-    hint = f"; {here} offers {task.name} from another file: pass --tasks {here}" if here.exists() and task.name in read_tasks(here) else ""
+    offered = here.exists() and task.name in read_tasks(here)
     raise FileNotFoundError(
-        f"data set '{name}' is not in {home} and cannot be downloaded ({why}); put {name}.json.gz there, set MATMINER_DATA to a folder "
-        f"that has it, or use the embedded crystals (--data demo, make demo){hint}"
+        f"data set '{name}' is not in {home} and cannot be downloaded ({why}); put {name}.json.gz there, set "
+        "MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo)"
+        + (f"; {here} offers {task.name} from another file: pass --tasks {here}" if offered else "")
     )
 
 
@@ -673,6 +688,7 @@ def fetch(name, path: Path) -> str:
         url, sha256 = get_dataset_attribute(name, "url"), get_dataset_attribute(name, "hash")
     except (ValueError, KeyError):
         return "matminer does not know it"
+    import http.client
     import urllib.request
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -689,8 +705,8 @@ def fetch(name, path: Path) -> str:
         if digest.hexdigest() != sha256:
             return f"{url} does not have the hash that matminer expects"
         os.replace(part, path)
-    except OSError as error:
-        return f"{url}: {getattr(error, 'reason', None) or error.strerror or error}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}: {getattr(error, 'reason', None) or error}"
     finally:
         part.unlink(missing_ok=True)
     return ""
@@ -699,9 +715,9 @@ def fetch(name, path: Path) -> str:
 def source_rows(path: Path, task):
     """(structure, values) of every row of a file or folder."""
     if path.is_dir():
-        for name, reader in (("targets.csv", csv_rows), ("id_prop.csv", csv_rows)):
+        for name in ("targets.csv", "id_prop.csv"):
             if (path / name).exists():
-                return reader(path / name)
+                return csv_rows(path / name)
         return folder_rows(path)
     name = path.name.lower()
     if name.endswith(".csv"):
@@ -719,12 +735,14 @@ def demo_rows(name):
 
     made = demo.make(name)
     for i, identity in enumerate(made["ids"]):
-        values = {"id": identity, "target": float(made["y"][i]), "forces": made["forces"][i] if made["forces"] else None}
+        values = {"id": identity, "target": float(made["y"][i])}
+        if made["forces"] is not None:
+            values["forces"] = made["forces"][i]
         yield (made["Z"][i], made["pos"][i], made["cell"][i], np.full(3, made["pbc"][i])), values
 
 
 def csv_rows(path: Path):
-    """targets.csv (id, file, target[, split], ...) or CGCNN's headerless id_prop.csv (id, target), beside the structure files."""
+    """targets.csv (id, file, target[, split], ...) or CGCNN's headerless id_prop.csv (id, target), beside the files."""
     with open(path, newline="", encoding="utf-8-sig") as f:
         lines = [line for line in csv.reader(f) if any(cell.strip() for cell in line)]
     if path.name == "id_prop.csv":
@@ -732,7 +750,8 @@ def csv_rows(path: Path):
     else:
         header, lines = [c.strip() for c in lines[0]] if lines else [], lines[1:]
         if not {"id", "file"} & set(header):
-            raise ValueError(f"{path}: the first line is '{','.join(header)}'; it should name the columns id,file,target[,split]")
+            first = ",".join(header)
+            raise ValueError(f"{path}: the first line is '{first}'; it should name the columns id,file,target[,split]")
     for line in lines:
         values = {k: v.strip() for k, v in zip(header, line)}
         name = values.get("file") or values.get("id", "")
@@ -748,19 +767,17 @@ def number_or_word(text):
         return text
 
 
-def find_structure(folder: Path, name: str) -> Path:
-    """folder/name, or name with one of the known endings; the first guess where there is no such file (skipped later)."""
-    path = folder / name
-    if path.is_file():
-        return path
-    return next((p for s in STRUCTURE_SUFFIXES if (p := folder / (name + s)).is_file()), path if path.suffix else folder / f"{name}.cif")
-
-
 STRUCTURE_SUFFIXES = (".cif", ".vasp", ".poscar", ".json", ".xyz")
 
 
-def is_structure(path: Path) -> bool:
-    return path.is_file() and (path.suffix.lower() in STRUCTURE_SUFFIXES or path.name.upper().startswith(("POSCAR", "CONTCAR")))
+def find_structure(folder: Path, name: str) -> Path:
+    """folder/name, or the first of name + a known ending that exists; CIF where none does (skipped later)."""
+    paths = [folder / name, *(folder / (name + suffix) for suffix in STRUCTURE_SUFFIXES)]
+    return next((p for p in paths if p.is_file()), paths[0] if paths[0].suffix else paths[1])
+
+
+def is_poscar(path: Path) -> bool:
+    return path.suffix.lower() in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR"))
 
 
 def structure_name(path: Path) -> str:
@@ -769,7 +786,7 @@ def structure_name(path: Path) -> str:
 
 def folder_rows(folder: Path):
     """A bare folder of structure files, without labels."""
-    paths = sorted(p for p in folder.iterdir() if is_structure(p))
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in STRUCTURE_SUFFIXES or is_poscar(p))
     if not paths:
         raise ValueError(f"{folder}: no structures (CIF, POSCAR, JSON, xyz) and no targets.csv in it")
     for path in paths:
@@ -804,12 +821,12 @@ def table_rows(path: Path, task):
         if kind == "columns":
             columns = value
             continue
-        if kind == "whole":  # one structure, or a list of bare structures
+        if kind == "whole":
             if "sites" not in value:
-                raise ValueError(f"{path}: neither a table (pandas orient='split' or 'records') nor a pymatgen structure")
+                raise ValueError(f"{path}: neither a table (pandas orient='split' or 'records') nor a structure")
             yield value, {"id": structure_name(Path(path.name.removesuffix(".gz")))}
             continue
-        if isinstance(value, dict) and "sites" in value:
+        if isinstance(value, dict) and "sites" in value:  # a list of bare structures
             yield value, {}
             continue
         values = value if isinstance(value, dict) else dict(zip(columns, value))
@@ -817,12 +834,14 @@ def table_rows(path: Path, task):
         if column not in values and column == "structure" and "molecule" in values:
             column = "molecule"
         if column not in values:
-            raise ValueError(f"{path}: no column '{column}' with structures (columns: {', '.join(values)}); name it with --structure-column")
+            there = ", ".join(values)
+            cure = "name it with --structure-column"
+            raise ValueError(f"{path}: no column '{column}' with structures (columns: {there}); {cure}")
         yield values.pop(column), values
 
 
 def json_stream(path: Path, block=1 << 22):
-    """("columns", list) and ("row", list or dict) of a table, one row in memory at a time; ("whole", dict) of anything else."""
+    """("columns", list) and ("row", list or dict) of a table, one row in memory at a time; else ("whole", dict)."""
     decoder = json.JSONDecoder()
     damaged = f"{path}: not a whole JSON table (damaged or cut short?); fetch it again, or write pandas orient='split'"
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
@@ -888,9 +907,10 @@ def json_stream(path: Path, block=1 << 22):
 
 
 SYMBOLS = (
-    "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd "
-    "In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu "
-    "Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+    "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr "
+    "Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir "
+    "Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl "
+    "Mc Lv Ts Og"
 ).split()
 NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS) if z} | {"D": 1, "T": 1}  # deuterium and tritium are hydrogen
 VACUUM = 50.0  # Å, more than twice any cutoff
@@ -907,8 +927,8 @@ def to_arrays(structure):
     try:
         Z, pos, cell, periodic = structure if isinstance(structure, tuple) else from_dict(structure)
         Z, pos = np.asarray(Z, dtype=np.int64).reshape(-1), np.asarray(pos, dtype=np.float64).reshape(-1, 3)
-        cell, periodic = np.asarray(cell, dtype=np.float64), np.asarray(periodic, dtype=bool)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        cell, periodic = np.asarray(cell, dtype=np.float64).reshape(3, 3), np.asarray(periodic, dtype=bool).reshape(3)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise Skip(f"unreadable structure: {type(error).__name__} {error}") from None
     if len(Z) == 0 or len(pos) != len(Z):
         raise Skip(f"unreadable structure: {len(Z)} atoms, {len(pos)} positions")
@@ -932,14 +952,14 @@ def to_arrays(structure):
 
 
 def wrap(frac):
-    """Fractional coordinates into [0, 1); what is within 1e-9 of 1 is 0, so that rounding puts no atom on the far side."""
+    """Fractional coordinates into [0, 1); what is within 1e-9 of 1 is 0: rounding puts no atom on the far side."""
     frac = frac - np.floor(frac)
     frac[frac > 1 - 1e-9] = 0.0
     return frac
 
 
 def add_vacuum(pos, cell, periodic):
-    """Replace the lattice vectors of directions that are not periodic by perpendicular ones, longer than the atoms + VACUUM."""
+    """Lattice vectors that are not periodic become perpendicular ones, the atoms' extent + VACUUM long."""
     cell = cell.copy()
     normals = np.linalg.svd(cell[periodic])[2][periodic.sum() :]  # orthonormal, perpendicular to the periodic vectors
     for k, normal in zip(np.flatnonzero(~periodic), normals):
@@ -953,12 +973,13 @@ def check_distances(pos, cell, closest=0.1):
     shifts, inverse_cell = np.zeros((1, 3)), None
     if cell.any():
         inverse_cell = np.linalg.inv(cell)
-        # |f_k| <= closest / height_k for any difference that short, and 1 / height_k is the norm of a column of the inverse
+        # a difference that short has |f_k| <= closest / height_k; 1 / height_k is the norm of column k of the inverse
         reach = np.floor(closest * np.linalg.norm(inverse_cell, axis=0) + 0.5).astype(int)
         if reach.any():
             if reach.max() > 20:
                 raise Skip("cell of zero volume: lattice planes are much closer than the atoms could be")
-            shifts = np.stack(np.meshgrid(*(np.arange(-n, n + 1.0) for n in reach), indexing="ij"), -1).reshape(-1, 3)
+            images = np.meshgrid(*(np.arange(-n, n + 1.0) for n in reach), indexing="ij")
+            shifts = np.stack(images, -1).reshape(-1, 3) @ cell
     elif A == 1:
         return
     step = max(1, (1 << 20) // (A * len(shifts)))  # rows at a time: memory stays flat for large cells
@@ -967,7 +988,7 @@ def check_distances(pos, cell, closest=0.1):
         if inverse_cell is not None:
             f = d @ inverse_cell
             d = (f - np.rint(f)) @ cell
-        d = d[:, :, None, :] + (shifts @ cell if inverse_cell is not None else shifts)
+        d = d[:, :, None, :] + shifts
         r2 = np.einsum("ijsk,ijsk->ijs", d, d)
         rows = np.arange(len(r2))
         r2[rows, i + rows, len(shifts) // 2] = np.inf  # an atom and itself, image 0
@@ -1012,7 +1033,7 @@ def read_structure(path: Path):
         with warnings.catch_warnings():  # pymatgen warns of rounded coordinates and the like
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Elements in POSCAR cannot be determined")  # it would invent some
-            if path.suffix.lower() in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR")):
+            if is_poscar(path):
                 from pymatgen.io.vasp import Poscar
 
                 return Poscar.from_file(path, check_for_potcar=False).structure.as_dict(verbosity=0)
@@ -1031,18 +1052,18 @@ def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
     split_file: JSON with a list for each part, of row numbers in the source or of ids. Rows that were skipped (or left
     out by a limit) are dropped from it and counted on stderr.
     """
-    M = len(crystals)
+    M, name = len(crystals), crystals.task.dataset
     if split_file:
         return read_split(crystals, Path(split_file))
     if crystals.split and any(crystals.split):
         names = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
         parts = {"train": [], "val": [], "test": []}
-        for i, name in enumerate(crystals.split):
-            if name and name.lower() not in names:
-                raise ValueError(f"{crystals.task.dataset}: split '{name}' of id {crystals.ids[i]} is not train, val or test")
-            if name:
-                parts[names[name.lower()]].append(i)
-        return checked({k: np.array(v, dtype=np.int64) for k, v in parts.items()}, f"{crystals.task.dataset}, column split")
+        for i, part in enumerate(crystals.split):
+            if part and part.lower() not in names:
+                raise ValueError(f"{name}: split '{part}' of id {crystals.ids[i]} is not train, val or test")
+            if part:
+                parts[names[part.lower()]].append(i)
+        return checked({k: np.array(v, dtype=np.int64) for k, v in parts.items()}, f"{name}, column split")
     if M < 3:
         raise ValueError(f"task {crystals.task.name}: {M} usable rows; three parts need at least 3")
     order = np.random.RandomState(split_seed).permutation(M)
@@ -1057,13 +1078,15 @@ def read_split(crystals, path: Path):
     except FileNotFoundError:
         raise FileNotFoundError(f"--split-file {path}: no such file") from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'--split-file {path}: should be JSON {{"train": [...], "val": [...], "test": [...]}}') from None
+        form = '{"train": [...], "val": [...], "test": [...]}'
+        raise ValueError(f"--split-file {path}: should be JSON {form}") from None
     by_id = any(isinstance(v, str) for part in stored.values() for v in part)
     at = {key: i for i, key in enumerate(crystals.ids if by_id else crystals.row.tolist())}
     if not by_id:
         beyond = [r for part in stored.values() for r in part if not 0 <= r < crystals.num_rows]
         if beyond:
-            raise ValueError(f"--split-file {path}: row {beyond[0]} is not among the {crystals.num_rows} rows of {crystals.task.dataset}; it was made for another table")
+            table = f"the {crystals.num_rows} rows of {crystals.task.dataset}"
+            raise ValueError(f"--split-file {path}: row {beyond[0]} is not among {table}; it is for another table")
     splits = {k: np.array([at[r] for r in part if r in at], dtype=np.int64) for k, part in stored.items()}
     dropped = sum(map(len, stored.values())) - sum(map(len, splits.values()))
     if dropped:
@@ -1092,7 +1115,8 @@ def report_duplicates(crystals, splits) -> int:
         for k in keys:
             seen.setdefault(k, name)
     if total:
-        print(f"{crystals.task.name}: {total} structures occur in two parts of the split ({', '.join(lines)})", file=sys.stderr)
+        where = ", ".join(lines)
+        print(f"{crystals.task.name}: {total} structures occur in two parts of the split ({where})", file=sys.stderr)
     return total
 
 
@@ -1403,18 +1427,21 @@ class GraphDataset:
             with lock(self.folder.with_suffix(".lock")) as alone:  # a second process waits here, then finds the folder
                 if self._open():
                     return
-                for stale in self.folder.parent.glob(f"{self.folder.name}.*.part") if alone else ():  # of a run that was killed
-                    shutil.rmtree(stale, ignore_errors=True)
+                killed = self.folder.parent.glob(f"{self.folder.name}.*.part") if alone else ()
+                for part in killed:  # left by a run that was killed
+                    shutil.rmtree(part, ignore_errors=True)
                 part = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.part")
                 try:
                     part.mkdir()
                     self._build(part, graph, quiet)
-                    shutil.rmtree(self.folder, ignore_errors=True)  # damaged, or it would have been opened
-                    os.replace(part, self.folder)
+                    if not self._open():
+                        shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one
+                        os.replace(part, self.folder)
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
-            raise ValueError(f"{self.folder.parent}: graphs cannot be stored ({error.strerror or error}); free space or set MOMA_CACHE to another folder") from None
+            why, cure = error.strerror or error, "free space there or set MOMA_CACHE to another folder"
+            raise ValueError(f"{self.folder.parent}: graphs cannot be stored ({why}); {cure}") from None
         assert self._open(), self.folder
 
     def _build(self, folder: Path, graph, quiet):
@@ -1459,7 +1486,10 @@ class GraphDataset:
             path, size = self.folder / f"{name}.bin", int(np.prod(shape)) * np.dtype(m["dtype"]).itemsize
             if path.stat().st_size != size:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {size}")
-            fields[name] = np.memmap(path, dtype=m["dtype"], mode="r", shape=shape) if size else np.zeros(shape, dtype=m["dtype"])
+            if size:
+                fields[name] = np.memmap(path, dtype=m["dtype"], mode="r", shape=shape)
+            else:  # an empty file cannot be mapped
+                fields[name] = np.zeros(shape, dtype=m["dtype"])
         return fields
 
 
@@ -1478,13 +1508,13 @@ def chunks(num_atoms, most=512):
 
 @contextlib.contextmanager
 def lock(path: Path):
-    """Held by one process at a time; the system frees it when the process ends, however it ends. Yields whether it holds."""
+    """Held by one process at a time and freed by the system however that process ends. Yields whether it holds."""
     with open(path, "w") as f:
         try:
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, some network drives: two processes then build twice, which wastes time only
+        except (ImportError, OSError):  # Windows, some network drives: two processes build twice, a waste and no harm
             yield False
         else:
             yield True

@@ -59,7 +59,7 @@ HEX = [[1, 0, 0], [-0.5, 0.75**0.5, 0], [0, 0, 1]]
 CUPT = [[2, 0, 0], [0, 1, 0], [0, 0, 1]]  # doubles a primitive fcc cell; the two cations alternate along [111]
 CUAU = [[1, 1, 0], [-1, 1, 0], [0, 0, 1]]  # the same, along [001]
 
-# name: share of the crystals, lattice of unit length, c/a, sites (A, B cations, X anion, with fractional coordinates)
+# name: share of the draws, lattice of unit length, c/a, sites (A, B cations, X anion, with fractional coordinates)
 PROTOTYPES = {
     "rocksalt": (4, FCC, 1, [("A", 0, 0, 0), ("X", 0.5, 0.5, 0.5)]),
     "CsCl": (2, SC, 1, [("A", 0, 0, 0), ("X", 0.5, 0.5, 0.5)]),
@@ -75,10 +75,10 @@ PROTOTYPES = {
     "rutile": (3, SC, 0.65, [("A", 0, 0, 0), ("A", 0.5, 0.5, 0.5), ("X", U, U, 0), ("X", -U, -U, 0),
                              ("X", 0.5 + U, 0.5 - U, 0.5), ("X", 0.5 - U, 0.5 + U, 0.5)]),
     "CdI2": (1, HEX, 1.6, [("A", 0, 0, 0), ("X", THIRD, -THIRD, 0.25), ("X", -THIRD, THIRD, 0.75)]),
-    "ReO3": (1, SC, 1, [("A", 0, 0, 0), ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
-    "perovskite": (4, SC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0),
+    "ReO3": (2, SC, 1, [("A", 0, 0, 0), ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
+    "perovskite": (12, SC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0),
                               ("X", 0.5, 0, 0), ("X", 0, 0.5, 0), ("X", 0, 0, 0.5)]),
-    "half-Heusler": (2, FCC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0), ("X", 0.25, 0.25, 0.25)]),
+    "half-Heusler": (4, FCC, 1, [("A", 0.5, 0.5, 0.5), ("B", 0, 0, 0), ("X", 0.25, 0.25, 0.25)]),
     # ordered ones: the parent's sites in a doubled cell, the second cation is B
     "rocksalt-CuPt": (2, FCC, 1, CUPT), "rocksalt-CuAu": (2, FCC, 1, CUAU), "zincblende-CuAu": (1, FCC, 1, CUAU),
 }

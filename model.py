@@ -95,9 +95,10 @@ class ScaleFactor(nn.Module):
 
     def forward(self, x, reference=None):
         if self.fitting:
-            var, target = (1.0 if r is None else float(r.var(dim=0, correction=0).mean()) for r in (x, reference))
-            alike = not (min(var, target) > 1e-6 * float(x.square().mean()))  # no rows, one, or equal ones: nothing to keep
-            self.scale_factor.fill_(1.0 if alike else (target / var) ** 0.5)
+            var, target = (1.0 if r is None else float((r - r.mean(0)).square().mean()) for r in (x, reference))
+            noise = 1e-6 * float(x.square().mean())
+            known = var > noise and target > noise  # not with no rows, or one, or equal ones
+            self.scale_factor.fill_((target / var) ** 0.5 if known else 1.0)
             self.unset = False
         if self.unset is None:
             self.unset = float(self.scale_factor) == 0.0

@@ -29,7 +29,7 @@ import model as moma
 import train_module as tm
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}  # in eV
-LR = {"tiny": 2e-3, "small": 1e-3}  # small nets bear and need larger steps; all others train at JMP-L's 3e-4
+LR = {"tiny": 5e-3, "small": 2e-3}  # small nets bear and need larger steps; all others train at JMP-L's 3e-4
 EPOCHS = {"tiny": 20, "small": 40}  # JMP's 2 epochs are of 120 million structures
 
 
@@ -51,7 +51,7 @@ class Config:
     epochs: int = 0  # 0: by preset: tiny 20, small 40, else JMP's 2. An epoch has every row of the largest set once
     batch_size: int = 32
     max_atoms: int = 1000  # never more atoms in a batch; 0: no limit
-    lr: float = 0.0  # 0: JMP-L's 3e-4, or by preset: tiny 2e-3, small 1e-3
+    lr: float = 0.0  # 0: JMP-L's 3e-4, or by preset: tiny 5e-3, small 2e-3
     weight_decay: float = 0.1
     warmup_steps: int = 2000  # from 0.2 lr; at most a tenth of the run
     clip: float = 1.0  # norm of the gradient
@@ -60,7 +60,7 @@ class Config:
     force_weight: str = "1"  # against the energy; one number, or one for each set. JMP: 73, 80, 15, 14
     temperature: float = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: float = 30.0  # leave out structures with a larger force on an atom, eV/A
-    max_energy: float = 15.0  # and with a larger energy residual per atom, robust standard deviations
+    max_energy: float = 15.0  # and with an energy residual per atom beyond so many times its spread
     time_limit: float = 0.0  # stop after so many minutes, save, and write the backbone as it is; 0: none
     save_minutes: float = 10.0  # between two writings of last.pt
     bf16: bool = False  # autocast, CUDA only
@@ -143,27 +143,25 @@ def normalise(name, crystals, cfg):
     if crystals.forces is not None:
         keep = np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
         skipped += [(crystals.ids[i], f"force above {cfg.max_force:g} eV/A (--max-force)") for i in np.flatnonzero(~keep)]
-    for final in (False, True):  # once to find the outliers, once without them
-        train = np.flatnonzero(keep & ~is_val)
-        if len(train) < 2 or not (keep & is_val).any():
-            raise ValueError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
-        r = fit_references([crystals.Z[i] for i in train], energy[train])
-        residual = energy - np.array([r[z].sum() for z in crystals.Z])
-        if not final:
-            off = np.abs(residual / N - np.median((residual / N)[train]))
-            far = keep & (off > cfg.max_energy * (1.4826 * np.median(off[train]) + 1e-3))  # 1.4826: a Gaussian's sigma
-            why = f"energy beyond {cfg.max_energy:g} robust standard deviations (--max-energy)"
-            skipped += [(crystals.ids[i], why) for i in np.flatnonzero(far)]
-            keep &= ~far
-    sigma, scale, forces = math.sqrt(np.mean((residual / N)[train] ** 2)) + 1e-6, 0.0, None
+    if keep.any():
+        _, residual = residuals(crystals, energy, np.flatnonzero(keep))
+        off = np.abs(residual - np.median(residual[keep]))
+        far = keep & (off > cfg.max_energy * (np.quantile(off[keep], 0.9) / 1.645 + 1e-3))  # 1.645: for a Gaussian
+        skipped += [(crystals.ids[i], f"energy beyond {cfg.max_energy:g} spreads (--max-energy)") for i in np.flatnonzero(far)]
+        keep &= ~far
+    train = np.flatnonzero(keep & ~is_val)
+    if len(train) < 2 or not (keep & is_val).any():
+        raise ValueError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
+    r, residual = residuals(crystals, energy, train)
+    sigma, scale, forces = math.sqrt(np.mean(residual[train] ** 2)) + 1e-6, 0.0, None
     if crystals.forces is not None:
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
         forces = [f / scale for f, k in zip(crystals.forces, keep, strict=True) if k]
     if len(skipped) > len(crystals.skipped):
-        reasons = data.count_reasons([(why) for _, why in skipped[len(crystals.skipped) :]])
+        reasons = data.count_reasons([why for _, why in skipped[len(crystals.skipped) :]])
         tm.say(cfg, f"  {name}: {keep.sum()} rows used; left out: {reasons}")
     train, val = np.flatnonzero(~is_val[keep]), np.flatnonzero(is_val[keep])
-    normalised = replace(data.subset(crystals, np.flatnonzero(keep)), y=residual[keep] / sigma, forces=forces)
+    normalised = replace(data.subset(crystals, np.flatnonzero(keep)), y=(N * residual)[keep] / sigma, forces=forces)
     return EnergySet(name, normalised, r, sigma, scale, train, val, skipped)
 
 
@@ -177,18 +175,28 @@ def total_energies(name, crystals):
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 
-def fit_references(Z, energy, ridge=1e-6):
-    """Per-element energies r (119,), eV: least squares on E/N = sum_z x_z r_z with x_z the atomic fractions.
+def residuals(crystals, energy, rows):
+    """References fitted on `rows` and what they leave over in all rows, per atom: (119,) eV and (M,) eV/atom."""
+    r = fit_references([crystals.Z[i] for i in rows], energy[rows])
+    return r, np.array([(e - r[z].sum()) / len(z) for e, z in zip(energy, crystals.Z, strict=True)])
 
-    The ridge pulls towards the mean energy per atom, which elements that never occur get; it makes sets of a single
-    composition (carbon, aspirin) solvable.
+
+def fit_references(Z, energy):
+    """Per-element energies r (119,), eV: ridge regression of E/N = sum_z x_z r_z with x_z the atomic fractions.
+
+    The ridge pulls towards the mean energy per atom, which elements that never occur get; a second fit sets it to the
+    variance of the residual over that of r, so a rare element does not take the whole residual of its few rows.
     """
     counts = np.stack([np.bincount(z, minlength=119) for z in Z]).astype(float)  # (M, 119)
     N = counts.sum(1)
     seen, mean = counts.any(0), np.mean(energy / N)
-    x, r = counts[:, seen] / N[:, None], np.full(119, mean)
-    r[seen] += np.linalg.solve(x.T @ x + ridge * np.eye(seen.sum()), x.T @ (energy / N - mean))
-    return r
+    x, y, M, ridge = counts[:, seen] / N[:, None], energy / N - mean, len(N), 1e-6
+    for _ in range(2):
+        r = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+        ridge = max(ridge, ((y - x @ r) ** 2).sum() / max(M - x.shape[1], 1) / (r.var() + 1e-12))
+    reference = np.full(119, mean)
+    reference[seen] += r
+    return reference
 
 
 # ---------------------------------------------------------------- sampling and batches

@@ -355,12 +355,13 @@ def make_card(cfg, base, crystals, splits, result, mean, std, errors):
     settings = ("epochs", "batch_size", "max_atoms", "lr", "weight_decay", "ema", "clip", "patience", "bf16")
     done = {"epochs_run": result["epochs"], "best_epoch": result["best_epoch"]}
     arch, y_test = base["architecture"], errors["test"][1]
+    seen = sorted({int(z) for i in splits["train"] for z in crystals.Z[i]})
     return {
         "name": cfg.name, "kind": cfg.kind, "architecture": arch, "graph": arch["graph"],
         "backbone_sha256": base.get("tensors_sha256"), "property": task.name, "unit": unit, "physical_unit": task.unit,
         "transform": task.transform, "pooling": task.pooling, "normalizer_mean": mean, "normalizer_std": std,
         "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint, "rows_used": len(crystals.y),
-        "rows_skipped": len(crystals.skipped), "elements": sorted({int(z) for Z in crystals.Z for z in Z}),
+        "rows_skipped": len(crystals.skipped), "elements": seen,
         "seed": cfg.seed, "split_seed": cfg.split_seed, "split": {k: len(v) for k, v in splits.items()},
         "training": {k: getattr(cfg, k) for k in settings} | done, "val_mae": mae["val"], "test_mae": mae["test"],
         "mad": float(np.abs(y_test - mean).mean()),  # error of predicting the training mean
@@ -372,7 +373,7 @@ def make_card(cfg, base, crystals, splits, result, mean, std, errors):
 def run(cfg):
     """Train one module and put it into the hub. Returns its card."""
     start_processes(cfg)
-    cfg.name = cfg.name or cfg.task
+    cfg.name = cfg.name or data.get_task(cfg.task, cfg.tasks, cfg.data).name.lower()
     target = hub.module_dir(cfg.hub, cfg.name)
     if (target / "module.json").exists() and not cfg.overwrite:
         say(cfg, f"{target} exists; nothing to do (--overwrite trains it again)")
@@ -440,12 +441,10 @@ def claim(folder, cfg, resume=False):
 
 
 def write_atomic(path, write):
-    """write(file) into a temporary sibling, then rename: a crash leaves the old file or the new one."""
+    """write(file) into a temporary sibling, then rename: a killed run leaves the old file or the new one."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     with open(temporary, "wb") as f:
         write(f)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 

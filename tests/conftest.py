@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, one thread, and crystals as (Z, pos, cell, periodic), lengths in Å."""
+"""Shared by all tests: the repository on the path, one thread, crystals as (Z, pos, cell, periodic) in Å."""
 
 import sys
 from pathlib import Path
@@ -27,15 +27,17 @@ def make_crystals():
     triclinic = np.array([[4.1, 0, 0], [-1.3, 4.6, 0], [1.7, 2.0, 5.2]])
     thin = np.array([[2.9, 0, 0], [1.1, 3.2, 0], [0, 0, 16.0]])
     seven = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]]) / 2
+    sandwich = np.array([[0.1, 0.2, 0.3], [0.4, 0.6, 0.4], [0.7, 0.1, 0.21]])
+    off_center = np.array([[0.05, 0.11, 0.07], [2.9, 2.7, 2.85]])
     water = np.array([[0.0, 0, 0.12], [0, 0.76, -0.47], [0, -0.76, -0.47]])
     return {
         "NaCl": (nacl, PEROVSKITE[:2] @ (FCC * 2.82), FCC * 2.82, True),
         "SrTiO3": (sto, PEROVSKITE * 3.905, np.eye(3) * 3.905, True),
         "bcc Fe": (np.array([26]), np.zeros((1, 3)), BCC * 1.435, True),
-        "rattled NaCl": (nacl, np.array([[0.05, 0.11, 0.07], [2.9, 2.7, 2.85]]), FCC * 2.82 + 0.1 * triclinic / 4, True),
+        "rattled NaCl": (nacl, off_center, FCC * 2.82 + 0.025 * triclinic, True),
         "rattled SrTiO3": (sto, (PEROVSKITE + rng.uniform(0.01, 0.06, (5, 3))) * 3.905, np.eye(3) * 3.905, True),
         "triclinic": (rng.integers(1, 90, 7), (seven + rng.uniform(0, 0.2, (7, 3))) @ triclinic, triclinic, True),
-        "thin": (np.array([42, 16, 16]), np.array([[0.1, 0.2, 0.3], [0.4, 0.6, 0.4], [0.7, 0.1, 0.21]]) @ thin, thin, True),
+        "thin": (np.array([42, 16, 16]), sandwich @ thin, thin, True),
         "60 atoms": (rng.integers(1, 90, 60), sixty @ (np.eye(3) * 9.6 + 0.4), np.eye(3) * 9.6 + 0.4, True),
         "isolated atom": (np.array([2]), np.zeros((1, 3)), NO_CELL, False),
         "water": (np.array([8, 1, 1]), water, NO_CELL, False),
@@ -49,7 +51,7 @@ def crystals():
 
 @pytest.fixture(scope="session")
 def parity_file():
-    """The original code's numbers on three rattled crystals; in the folder beside the repository, where there is one."""
+    """The original code's numbers on three rattled crystals, from the folder beside the repository."""
     path = ROOT.parent / "shared" / "reference" / "gemnet_oc_parity.pt"
     if not path.is_file():
         pytest.skip("the parity file ../shared/reference/gemnet_oc_parity.pt is not here")

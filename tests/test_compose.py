@@ -414,6 +414,19 @@ def test_errors_say_what_where_and_the_cure(made, tmp_path, changes, error, mess
     assert not (tmp_path / "composed").exists()
 
 
+def test_a_folder_that_is_not_a_composed_module_is_left_alone(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine: exists and is not a composed module"):
+        compose.run(config(made, tmp_path / "mine"))
+
+
+def test_full_and_adapter_modules_do_not_mix(tmp_path):
+    put(tmp_path, "a", tensors(0)), put(tmp_path, "b", tensors(1), kind="adapter")
+    with pytest.raises(ValueError, match="choose with --kind"):
+        compose.candidates(Config(hub=str(tmp_path)))
+    assert list(compose.candidates(Config(hub=str(tmp_path), kind="full"))) == ["a"]
+
+
 def test_a_foreign_module_is_named_before_any_tensor_is_read(made, tmp_path, monkeypatch):
     kind, where, _ = made
     card = hub.read_card(where / "a") | {"backbone_sha256": "0" * 64}

@@ -29,7 +29,10 @@ def site(element, abc, occu=1):
 
 def crystal(*sites, a=4.0):
     """A cubic pymatgen dictionary; rocksalt-like pair without arguments."""
-    return {"lattice": {"matrix": (a * np.eye(3)).tolist()}, "sites": list(sites or (site("Na", (0, 0, 0)), site("Cl", (0.5, 0.5, 0.5))))}
+    return {
+        "lattice": {"matrix": (a * np.eye(3)).tolist()},
+        "sites": list(sites or (site("Na", (0, 0, 0)), site("Cl", (0.5, 0.5, 0.5)))),
+    }
 
 
 def write_table(path, columns, rows):
@@ -40,7 +43,11 @@ def write_table(path, columns, rows):
 
 def table_of(tmp_path, structures, labels=None):
     labels = labels if labels is not None else [float(i + 1) for i in range(len(structures))]
-    return write_table(tmp_path / "own.json.gz", ["name", "structure", "y"], [[f"n{i}", s, y] for i, (s, y) in enumerate(zip(structures, labels))])
+    return write_table(
+        tmp_path / "own.json.gz",
+        ["name", "structure", "y"],
+        [[f"n{i}", s, y] for i, (s, y) in enumerate(zip(structures, labels))],
+    )
 
 
 def load_table(path, **fields):
@@ -66,7 +73,9 @@ def test_dielectric_is_the_paper_row_dielectric_constant():
     assert data.get_task("dielectric").paper == "Dielectric Constant"
 
 
-@pytest.mark.parametrize("name, unit", [("none", "GPa"), ("log", "log(GPa)"), ("log10", "log10(GPa)"), ("log1p", "log(1 + GPa)")])
+@pytest.mark.parametrize(
+    "name, unit", [("none", "GPa"), ("log", "log(GPa)"), ("log10", "log10(GPa)"), ("log1p", "log(1 + GPa)")]
+)
 def test_inverse_undoes_the_transform_and_the_unit_says_it(name, unit):
     task = data.Task("t", unit="GPa", transform=name)
     raw = np.array([1e-3, 0.5, 1.0, 250.0])
@@ -94,7 +103,9 @@ def test_unknown_transform_lists_the_known_ones():
 
 def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
     table_of(tmp_path, [crystal(), crystal()])
-    (tmp_path / "tasks.json").write_text(json.dumps({"own": {"data": "own.json.gz", "target_column": "y", "unit": "eV"}}))
+    (tmp_path / "tasks.json").write_text(
+        json.dumps({"own": {"data": "own.json.gz", "target_column": "y", "unit": "eV"}})
+    )
     task = data.get_task("own", str(tmp_path / "tasks.json"), pooling="sum", transform="")
     assert task == data.Task("own", str(tmp_path / "own.json.gz"), "y", unit="eV", pooling="sum")
     assert data.load(task, quiet=True).y.tolist() == [1.0, 2.0]
@@ -102,11 +113,16 @@ def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
     assert data.task_names("user", tmp_path / "tasks.json") == ["own"]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("{", "not JSON"), ("[]", "should be an object"), ('{"a": {"unit": "eV"}}', "entry 'a' should be an object with \"data\""),
-    ('{"a": {"data": "x.csv", "colum": 1}}', "'a' has unknown keys colum; known: data, target_column"),
-    ('{"a": {"data": "x.csv", "pooling": "median"}}', "pooling 'median'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "should be an object"),
+        ('{"a": {"unit": "eV"}}', "entry 'a' should be an object with \"data\""),
+        ('{"a": {"data": "x.csv", "colum": 1}}', "'a' has unknown keys colum; known: data, target_column"),
+        ('{"a": {"data": "x.csv", "pooling": "median"}}', "pooling 'median'"),
+    ],
+)
 def test_a_wrong_tasks_file_is_named(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -170,19 +186,25 @@ def test_the_only_number_is_the_label_and_two_numbers_are_a_question(tmp_path):
     assert crystals.y.tolist() == [2.0] and crystals.ids == ["mp-1"]
     with pytest.raises(ValueError, match=r"no column 'c' \(columns: mpid, a, b\)"):
         data.load(data.get_task("own", data=path, target_column="c"), quiet=True)
-    with pytest.raises(ValueError, match="no column 'geometry' with structures .columns: mpid, structure, a, b.*--structure-column"):
+    with pytest.raises(
+        ValueError, match="no column 'geometry' with structures .columns: mpid, structure, a, b.*--structure-column"
+    ):
         data.load(data.get_task("own", data=path, target_column="b", structure_column="geometry"), quiet=True)
     with pytest.raises(ValueError, match="no column 'jid' for the ids"):
         data.load(data.get_task("own", data=path, target_column="b", id_column="jid"), quiet=True)
 
 
 def test_a_dielectric_column_is_the_mean_of_its_three_directions(tmp_path):
-    path = write_table(tmp_path / "t.json.gz", ["structure", *(f"epsilon_{k} opt" for k in "xyz")], [[crystal(), 1.0, 2.0, 6.0]])
+    path = write_table(
+        tmp_path / "t.json.gz", ["structure", *(f"epsilon_{k} opt" for k in "xyz")], [[crystal(), 1.0, 2.0, 6.0]]
+    )
     assert data.load(data.get_task("own", data=path, target_column="dielectric opt"), quiet=True).y.tolist() == [3.0]
 
 
 def test_repeated_ids_are_told_apart_and_missing_ones_are_the_row(tmp_path):
-    path = write_table(tmp_path / "t.json.gz", ["id", "structure", "y"], [[i, crystal(), 1.0] for i in ("a", "a", None, 1234567)])
+    path = write_table(
+        tmp_path / "t.json.gz", ["id", "structure", "y"], [[i, crystal(), 1.0] for i in ("a", "a", None, 1234567)]
+    )
     assert data.load(data.get_task("own", data=path, target_column="y"), quiet=True).ids == ["a", "a#1", "2", "1234567"]
 
 
@@ -196,7 +218,7 @@ def test_a_table_cut_short_is_an_error(tmp_path, cut):
 
 def test_json_that_is_no_table_is_an_error(tmp_path):
     (tmp_path / "x.json").write_text('{"structure": {"0": 1}}')
-    with pytest.raises(ValueError, match="neither a table .* nor a pymatgen structure"):
+    with pytest.raises(ValueError, match="neither a table .* nor a structure"):
         data.load(data.get_task("x", data=tmp_path / "x.json"), quiet=True)
 
 
@@ -216,9 +238,17 @@ def test_folder_with_targets_csv(tmp_path, capsys):
         "id,file,target,split\n001,salt.cif,1.5,train\nb,POSCAR_salt,2.5,val\nc,plain.json,3.5,test\nd,gone.cif,4.5,train\ne,salt.cif,,train\nf,salt.cif,abc,train\n"
     )
     crystals = data.load(data.get_task("own", data=tmp_path, unit="eV"))
-    assert crystals.ids == ["001", "b", "c"] and crystals.y.tolist() == [1.5, 2.5, 3.5] and crystals.split == ["train", "val", "test"]
+    assert (
+        crystals.ids == ["001", "b", "c"]
+        and crystals.y.tolist() == [1.5, 2.5, 3.5]
+        and crystals.split == ["train", "val", "test"]
+    )
     assert [i for i, _ in crystals.skipped] == ["d", "e", "f"]
-    assert [r.split(":")[0] for _, r in crystals.skipped] == ["unreadable structure", "no label", "label is not a number"]
+    assert [r.split(":")[0] for _, r in crystals.skipped] == [
+        "unreadable structure",
+        "no label",
+        "label is not a number",
+    ]
     for pos in crystals.pos:
         np.testing.assert_allclose(pos, [[0, 0, 0], [2, 2, 2]], atol=1e-6)
     screen = capsys.readouterr().err
@@ -259,7 +289,10 @@ def test_a_bare_folder_or_file_is_for_prediction(tmp_path):
     crystals = data.load(data.get_task("own", data=tmp_path), need_target=False, quiet=True)
     assert crystals.ids == ["POSCAR_salt", "plain", "salt"] and np.isnan(crystals.y).all()
     for name in ("salt.cif", "POSCAR_salt", "plain.json"):
-        assert data.load(data.get_task("own", data=tmp_path / name), need_target=False, quiet=True).Z[0].tolist() == [11, 17]
+        assert data.load(data.get_task("own", data=tmp_path / name), need_target=False, quiet=True).Z[0].tolist() == [
+            11,
+            17,
+        ]
     with pytest.raises(ValueError, match="which column is the label.*--target-column"):
         data.load(data.get_task("own", data=tmp_path), quiet=True)
 
@@ -283,19 +316,27 @@ def test_extxyz_gives_energies_and_forces(tmp_path):
 
     frames = []
     for i in range(3):
-        atoms = ase.Atoms("NaCl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.4 + 0.05 * i]], cell=4 * np.eye(3), pbc=True)
+        atoms = ase.Atoms(
+            "NaCl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.4 + 0.05 * i]], cell=4 * np.eye(3), pbc=True
+        )
         atoms.calc = SinglePointCalculator(atoms, energy=-float(i), forces=np.full((2, 3), 0.1 * i))
         frames.append(atoms)
     write(tmp_path / "md.extxyz", frames)
     crystals = data.load(data.get_task("md", data=tmp_path / "md.extxyz"), quiet=True)
-    assert crystals.y.tolist() == [0.0, -1.0, -2.0] and data.unit_of(crystals.task) == "eV" and crystals.task.pooling == "sum"
+    assert (
+        crystals.y.tolist() == [0.0, -1.0, -2.0]
+        and data.unit_of(crystals.task) == "eV"
+        and crystals.task.pooling == "sum"
+    )
     np.testing.assert_allclose(crystals.forces[2], 0.2)
     assert crystals.task.target_column == "energy" and crystals.pbc.all()
 
 
 def test_a_slab_gets_vacuum_where_it_is_not_periodic():
     cell = np.array([[3.0, 0, 0], [1.0, 3.0, 0], [0, 0, 0]])
-    Z, pos, full = data.to_arrays((np.array([6, 6]), np.array([[0, 0, 0], [0, 0, 2.0]]), cell, np.array([True, True, False])))
+    Z, pos, full = data.to_arrays(
+        (np.array([6, 6]), np.array([[0, 0, 0], [0, 0, 2.0]]), cell, np.array([True, True, False]))
+    )
     np.testing.assert_allclose(full[:2], cell[:2])
     np.testing.assert_allclose(np.abs(full[2]), [0, 0, 2.0 + data.VACUUM], atol=1e-12)
     step = (pos[1] - pos[0]) @ np.linalg.inv(full)
@@ -303,7 +344,12 @@ def test_a_slab_gets_vacuum_where_it_is_not_periodic():
 
 
 def test_a_molecule_has_no_cell(tmp_path):
-    water = {"sites": [{"species": [{"element": e, "occu": 1}], "xyz": x} for e, x in (("O", [9, 0, 0]), ("H", [9, 0.96, 0]), ("D", [9.3, -0.9, 0]))]}
+    water = {
+        "sites": [
+            {"species": [{"element": e, "occu": 1}], "xyz": x}
+            for e, x in (("O", [9, 0, 0]), ("H", [9, 0.96, 0]), ("D", [9.3, -0.9, 0]))
+        ]
+    }
     path = write_table(tmp_path / "t.json.gz", ["molecule", "u0"], [[water, -3.0]])
     crystals = data.load(data.get_task("own", data=path), quiet=True)
     assert not crystals.pbc[0] and not crystals.cell[0].any() and crystals.Z[0].tolist() == [8, 1, 1]
@@ -330,7 +376,9 @@ BAD = {
     "element outside 1..118": crystal(site("Xx", (0, 0, 0))),
     "unreadable structure": {"lattice": {"matrix": [[1, 0], [0, 1]]}, "sites": [site("Na", (0, 0, 0))]},
     "no structure": None,
-    "atoms closer than 0.1 A": crystal(site("Na", (0.99, 0, 0)), site("Cl", (0.005, 0, 0))),  # through the face of the cell
+    "atoms closer than 0.1 A": crystal(
+        site("Na", (0.99, 0, 0)), site("Cl", (0.005, 0, 0))
+    ),  # through the face of the cell
     "cell of zero volume": {"lattice": {"matrix": [[4, 0, 0], [0, 4, 0], [4, 4, 0]]}, "sites": [site("Na", (0, 0, 0))]},
 }
 
@@ -350,7 +398,13 @@ def test_a_label_that_cannot_be_used_is_skipped_by_rule(tmp_path):
     crystals = load_table(path, transform="log")
     assert crystals.y.tolist() == [np.log(2.0)]
     reasons = [r for _, r in crystals.skipped]
-    assert reasons == ["no label", "no label", "no logarithm: log of -3", "no logarithm: log of 0", "label is not a number: inf"]
+    assert reasons == [
+        "no label",
+        "no label",
+        "no logarithm: log of -3",
+        "no logarithm: log of 0",
+        "label is not a number: inf",
+    ]
     assert len(load_table(path).y) == 3
     everything = data.load(data.get_task("own", data=path, transform="log"), need_target=False, quiet=True)
     assert len(everything) == 6 and np.isfinite(everything.y).sum() == 1
@@ -473,16 +527,30 @@ def test_split_files_count_rows_of_the_source(tmp_path, capsys):
     split = tmp_path / "split.json"
     split.write_text('{"train": [0, 1, 2], "val": [3], "test": [5, 4]}')
     splits = data.make_splits(crystals, split_file=split)
-    assert {k: crystals.y[v].tolist() for k, v in splits.items()} == {"train": [1.0, 3.0], "val": [4.0], "test": [6.0, 5.0]}
+    assert {k: crystals.y[v].tolist() for k, v in splits.items()} == {
+        "train": [1.0, 3.0],
+        "val": [4.0],
+        "test": [6.0, 5.0],
+    }
     assert "1 of its rows were skipped or not loaded" in capsys.readouterr().err
     split.write_text('{"train": ["n0", "n2"], "val": ["n3"], "test": ["n5"]}')
-    assert {k: v.tolist() for k, v in data.make_splits(crystals, split_file=split).items()} == {"train": [0, 1], "val": [2], "test": [4]}
+    assert {k: v.tolist() for k, v in data.make_splits(crystals, split_file=split).items()} == {
+        "train": [0, 1],
+        "val": [2],
+        "test": [4],
+    }
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"train": [0]}', 'should be JSON {"train"'), ("x", "should be JSON"), ('{"train": [0], "val": [6], "test": [2]}', "row 6 is not among the 6 rows"),
-    ('{"train": [0, 1], "val": [1], "test": [2]}', "listed twice"), ('{"train": [0], "val": [], "test": [2]}', "no usable row in part 'val'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"train": [0]}', 'should be JSON {"train"'),
+        ("x", "should be JSON"),
+        ('{"train": [0], "val": [6], "test": [2]}', "row 6 is not among the 6 rows"),
+        ('{"train": [0, 1], "val": [1], "test": [2]}', "listed twice"),
+        ('{"train": [0], "val": [], "test": [2]}', "no usable row in part 'val'"),
+    ],
+)
 def test_a_wrong_split_file_is_named(tmp_path, text, message):
     crystals = many(tmp_path, 6)
     (tmp_path / "split.json").write_text(text)
@@ -495,7 +563,10 @@ def test_duplicates_across_a_split_are_reported(tmp_path, capsys):
     crystals = load_table(table_of(tmp_path, [crystal(), twin, crystal(a=4.1), crystal()]))
     splits = {"train": np.array([0]), "val": np.array([1, 2]), "test": np.array([3])}
     assert data.report_duplicates(crystals, splits) == 2
-    assert "2 structures occur in two parts of the split (1 of val in train, 1 of test in train)" in capsys.readouterr().err
+    assert (
+        "2 structures occur in two parts of the split (1 of val in train, 1 of test in train)"
+        in capsys.readouterr().err
+    )
     assert data.report_duplicates(crystals, {"train": np.array([0]), "val": np.array([2])}) == 0
 
 
@@ -504,7 +575,15 @@ def test_the_content_key_sees_every_atom():
     moved = pos.copy()
     moved[1, 2] = 1e-12
     assert data.structure_hash(Z, pos, cell) == data.structure_hash(Z.copy(), pos.copy(), cell.copy())
-    assert len({data.structure_hash(*s) for s in ((Z, pos, cell), (Z[::-1], pos, cell), (Z, moved, cell), (Z, pos, 2 * cell))}) == 4
+    assert (
+        len(
+            {
+                data.structure_hash(*s)
+                for s in ((Z, pos, cell), (Z[::-1], pos, cell), (Z, moved, cell), (Z, pos, 2 * cell))
+            }
+        )
+        == 4
+    )
 
 
 def test_a_subset_keeps_rows_together(tmp_path):
@@ -561,12 +640,20 @@ def stand_in(calls=None):
 
     def build(structures, graph):
         records = []
-        for Z, pos, cell, pbc in structures:
+        for Z, pos, cell, _ in structures:
             if calls is not None:
                 calls.append(len(Z))
             n = len(Z)
             edges = np.arange(2 * n * (n - 1), dtype=np.int16).reshape(-1, 2)
-            records.append({"Z": Z.astype(np.int16), "pos": pos, "volume": np.float64(np.linalg.det(cell)), "main.index": edges, "main.d": edges[:, 0] * graph.cutoff})
+            records.append(
+                {
+                    "Z": Z.astype(np.int16),
+                    "pos": pos,
+                    "volume": np.float64(np.linalg.det(cell)),
+                    "main.index": edges,
+                    "main.d": edges[:, 0] * graph.cutoff,
+                }
+            )
         return records
 
     return build
@@ -583,7 +670,11 @@ def test_graphs_are_stored_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "build_graphs", stand_in())
     crystals = one_to_four_atoms(tmp_path)
     dataset = data.GraphDataset(crystals, Settings(), quiet=True)
-    assert len(dataset) == 12 and dataset.num_atoms.tolist() == [1, 2, 3, 4] * 3 and dataset.edges.tolist() == [0, 4, 12, 24] * 3
+    assert (
+        len(dataset) == 12
+        and dataset.num_atoms.tolist() == [1, 2, 3, 4] * 3
+        and dataset.edges.tolist() == [0, 4, 12, 24] * 3
+    )
     expected = stand_in()(list(zip(crystals.Z, crystals.pos, crystals.cell, crystals.pbc)), Settings())
     for i in (0, 3, 11):
         record = dataset[i]
@@ -602,7 +693,9 @@ def test_graphs_are_built_once_for_the_same_structures_and_settings(tmp_path, mo
     monkeypatch.setattr(data, "build_graphs", stand_in(calls))
     crystals = one_to_four_atoms(tmp_path)
     data.GraphDataset(crystals, Settings(), quiet=True)
-    relabelled = data.Crystals(crystals.task, crystals.ids, crystals.Z, crystals.pos, crystals.cell, crystals.pbc, crystals.y + 1, crystals.row)
+    relabelled = data.Crystals(
+        crystals.task, crystals.ids, crystals.Z, crystals.pos, crystals.cell, crystals.pbc, crystals.y + 1, crystals.row
+    )
     dataset = data.GraphDataset(relabelled, Settings(), quiet=True)
     assert len(calls) == 12 and dataset[0]["y"] == crystals.y[0] + 1
     data.GraphDataset(crystals, Settings(cutoff=7.0), quiet=True)
@@ -685,7 +778,13 @@ PUBLISHED = {  # results.md 1.2: mean and std of the label, over the rows of the
     "mp_poly_electronic": (7.2500, 13.055),
     "mp_poly_total": (14.782, 19.435),
 }
-SIZES = {"mp_phonons": (885, 189, 189), "mp_eps_total": (907, 194, 194), "jarvis_2d_eform": (443, 94, 94), "mp_poly_total": (739, 158, 158), "expt_eform": (1196, 257, 256)}  # fmt: skip
+SIZES = {
+    "mp_phonons": (885, 189, 189),
+    "mp_eps_total": (907, 194, 194),
+    "jarvis_2d_eform": (443, 94, 94),
+    "mp_poly_total": (739, 158, 158),
+    "expt_eform": (1196, 257, 256),
+}
 
 
 @real
@@ -723,7 +822,9 @@ def test_force_field_tables_have_forces(monkeypatch):
 @real
 def test_fast_reading_equals_pymatgen():
     pymatgen = pytest.importorskip("pymatgen.core")
-    for i, (structure, _) in enumerate(data.table_rows(REAL / "dielectric_constant.json.gz", data.TASKS["mp_poly_total"])):
+    for i, (structure, _) in enumerate(
+        data.table_rows(REAL / "dielectric_constant.json.gz", data.TASKS["mp_poly_total"])
+    ):
         Z, pos, cell = data.to_arrays(structure)
         built = pymatgen.Structure.from_dict(structure)
         assert Z.tolist() == list(built.atomic_numbers)

@@ -103,9 +103,9 @@ def test_energy_is_smooth_where_an_atom_crosses_the_cutoff():
 
 @pytest.mark.parametrize("name", demo.TASKS)
 def test_every_data_set_is_complete_finite_and_without_outliers(name):
-    start = time.perf_counter()
+    start = time.process_time()
     s, task = make(name), demo.TASKS[name]
-    assert time.perf_counter() - start < 30  # 1 to 3 s on an idle core
+    assert time.process_time() - start < 5
     M = task["n"]
     assert len(s["ids"]) == len(set(s["ids"])) == len(s["Z"]) == len(s["pos"]) == len(s["cell"]) == len(s["y"]) == M
     assert s["unit"] == task["unit"] and s["pooling"] == task["pooling"]
@@ -137,7 +137,7 @@ def test_the_same_crystals_come_back_every_time_and_on_every_machine():
     first, again = make("demo_gap"), demo.make("gap", n=50)
     assert again["ids"] == first["ids"][:50] and again["y"].tolist() == first["y"][:50].tolist()
     content = b"".join(x.tobytes() for x in again["pos"] + again["cell"]) + again["y"].tobytes()
-    assert hashlib.sha256(content).hexdigest()[:16] == "2668cf152a55f7c1"
+    assert hashlib.sha256(content).hexdigest()[:16] == "5a3487acf542660e"
 
 
 def test_no_structure_is_in_two_data_sets():

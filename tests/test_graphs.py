@@ -15,7 +15,7 @@ EVERY = [*PERIODIC, "isolated atom", "water"]
 DEEP = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-# ------------------------------------------------------------------------------------------------------ the radius graph
+# ---------------------------------------------------------------- the radius graph
 
 
 def edges(Z, pos, cell, periodic, r):
@@ -86,7 +86,8 @@ def test_wrapping_or_not_changes_only_offsets(crystals):
     wrapped = wrap((pos + moved @ cell) @ np.linalg.inv(cell)) @ cell
     np.testing.assert_allclose(wrapped, pos, atol=1e-12)
     shifted = {
-        (s, t, *(np.array(n) - moved[s] + moved[t]).tolist()): d for (s, t, *n), d in edges(*crystals["triclinic"], 6.0).items()
+        (s, t, *(np.array(n) - moved[s] + moved[t]).tolist()): d
+        for (s, t, *n), d in edges(*crystals["triclinic"], 6.0).items()
     }
     assert_same_edges(edges(Z, pos + moved @ cell, cell, True, 6.0), shifted)
 
@@ -98,7 +99,7 @@ def test_an_atom_exactly_at_the_cutoff_is_a_neighbour():
     assert len(edges(cubic[0], cubic[1], cubic[2] @ turned, True, 6.0)) == 32
 
 
-# ------------------------------------------------------------------------------------------------------------------ caps
+# ---------------------------------------------------------------- caps
 
 
 def graph_of(structures, **settings):
@@ -108,7 +109,9 @@ def graph_of(structures, **settings):
 
 def edge_set(batch, name="main"):
     """{(src, dst, offset)}; fails where an edge is there twice."""
-    rows = torch.cat([batch[f"{name}.src"][:, None], batch[f"{name}.dst"][:, None], batch[f"{name}.offset"]], 1).tolist()
+    rows = torch.cat(
+        [batch[f"{name}.src"][:, None], batch[f"{name}.dst"][:, None], batch[f"{name}.offset"]], 1
+    ).tolist()
     assert len({*map(tuple, rows)}) == len(rows)
     return {*map(tuple, rows)}
 
@@ -227,7 +230,7 @@ def test_unwanted_graphs_are_not_built(crystals):
     assert not [k for k in batch if k.startswith(("a2", "qint", "quad"))]
 
 
-# --------------------------------------------------------------------------------------- against the original's own edges
+# ---------------------------------------------------------------- against the original's own edges
 
 
 def stored(file, name):
@@ -239,7 +242,8 @@ def stored(file, name):
 def parity_structures(file):
     pos, Z, cell, n = (file["inputs"][k] for k in ("pos", "atomic_numbers", "cell", "natoms"))
     return [
-        (z.numpy(), p.double().numpy(), c.double().numpy(), True) for z, p, c in zip(Z.split(n.tolist()), pos.split(n.tolist()), cell)
+        (z.numpy(), p.double().numpy(), c.double().numpy(), True)
+        for z, p, c in zip(Z.split(n.tolist()), pos.split(n.tolist()), cell)
     ]
 
 
@@ -262,7 +266,7 @@ def test_the_symmetric_rule_adds_to_it_what_only_the_other_end_chose(parity_file
     assert found > stored(parity_file, "main")
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------- tables
 
 
 def list_edges(batch, name):
@@ -327,7 +331,9 @@ def quadruplets_of(batch):
 def mixed(crystals):
     """Small caps, unlike each other, and ties; molecules and atoms without edges among the crystals."""
     names = ["NaCl", "isolated atom", "triclinic", "water", "thin", "bcc Fe", "rattled SrTiO3"]
-    return graph_of([crystals[k] for k in names], max_neighbors=6, max_neighbors_a2ee2a=9, max_neighbors_qint=4, cutoff_a2a=5.0)
+    return graph_of(
+        [crystals[k] for k in names], max_neighbors=6, max_neighbors_a2ee2a=9, max_neighbors_qint=4, cutoff_a2a=5.0
+    )
 
 
 def test_tables_hold_every_edge_once_at_its_target(mixed):

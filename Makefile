@@ -1,0 +1,114 @@
+# Every stage as a target. Nothing runs twice: a finished module or run is kept, an interrupted one goes on.
+#
+#   make demo                     the whole method on the embedded crystals, offline, minutes on two cores
+#   make test                     set up what is needed and run the tests
+#   make backbone                 theta_0, pre-trained here
+#   make hub                      every hub module, one target each (try -j2); KIND=adapter for adapter modules
+#   make compose TASK=dielectric  weights, report, composed module      make finetune TASK=dielectric
+#   make results                  the real run of the README: hub, adapters, comparison
+#   make clean                    remove runs, caches and the demo's hub (never hub/)
+#
+# DATA=demo, TASKS=file.json, HUB=, PRESET=, KIND=, LIMIT=rows, EPOCHS=, LAUNCH="torchrun --nproc-per-node 2", ARGS="--any --flag"
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+HUB    ?= hub
+KIND   ?= full
+PRESET ?= small
+TASK   ?= dielectric
+LAUNCH ?= $(PY)
+
+flags   = $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
+suffix  = $(if $(filter adapter,$(KIND)),-adapter)
+
+help:
+	@sed -n '3,12s/^# \{0,2\}//p' Makefile
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+
+$(VENV)/done: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r requirements.txt
+	touch $@
+
+setup: $(VENV)/done
+
+test: setup
+	$(PY) -m pytest -q tests
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+SETS ?= ff_mattersim_benchmarks,ff_mad,mp_2018_megnet,carbon_24,qm9
+HUB_TASKS ?= mp_eform mp_bandgap mp_gvrh mp_kvrh n_e_cond p_e_cond n_th_cond p_th_cond n_seebeck p_seebeck \
+             n_avg_eff_mass p_avg_eff_mass castelli_eform jarvis_eform jarvis_bandgap jarvis_dielectric_opt \
+             jarvis_gvrh jarvis_kvrh
+
+$(HUB)/backbone/module.json: | $(VENV)/done
+	$(LAUNCH) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) $(PRETRAIN_ARGS)
+
+backbone: $(HUB)/backbone/module.json
+
+$(HUB)/%/module.json: $(HUB)/backbone/module.json
+	$(LAUNCH) train_module.py --task $(patsubst %-adapter,%,$*) --name $* --kind $(KIND) --hub $(HUB) --resume $(flags) $(epochs)
+
+hub: $(foreach t,$(HUB_TASKS),$(HUB)/$(t)$(suffix)/module.json)
+
+compose: setup
+	$(PY) compose.py --task $(TASK) --kind $(KIND) --hub $(HUB) $(flags)
+
+finetune: setup
+	$(LAUNCH) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
+
+# -------------------------------------------------------------------- the demo: embedded crystals (toy labels, not DFT)
+
+DEMO       = runs/demo
+DEMO_HUB   = demo_ewald demo_lattice_energy demo_volume demo_dielectric demo_gap demo_phonon
+DEMO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
+demo_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(DEMO)/hub PRESET=tiny DATA=demo HUB_TASKS="$(DEMO_HUB)"
+
+demo: | $(VENV)/done
+	$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 6 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
+	$(demo_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
+	$(demo_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
+	$(PY) hub.py list --hub $(DEMO)/hub
+	$(demo_make) -j2 demo-tasks
+	$(PY) -c "import demo; demo.write_examples('$(DEMO)/my_crystals')"
+	$(PY) predict.py --model $(DEMO)/moma-full/demo_refractive_index/seed0 $(DEMO)/my_crystals --output $(DEMO)/predictions.csv
+	cat $(DEMO)/predictions.csv
+	$(PY) benchmark.py --table --output $(DEMO)
+	@echo "plots: $(DEMO)/heat_map_full.png $(DEMO)/heat_map_adapter.png $(DEMO)/moma-full/demo_refractive_index/seed0/parity.png"
+
+demo-tasks: $(DEMO_TASKS:%=demo-task-%)
+
+demo-task-%:
+	$(PY) benchmark.py --task $* --data demo --hub $(DEMO)/hub --output $(DEMO) --methods moma-full,moma-adapter,theta0,scratch --epochs 60 --quiet > /dev/null
+
+# ------------------------------------------- the real run (README, Results): published splits, one hub of both kinds
+
+RESULTS       = runs/results
+RESULTS_HUB   = mp_eform mp_bandgap mp_gvrh castelli_eform jarvis_eform jarvis_bandgap jarvis_dielectric_opt jarvis_kvrh
+RESULTS_TASKS = jarvis_2d_eform mp_eps_total mp_phonons expt_bandgap
+SHARED       ?= ../shared
+results_make  = MATMINER_DATA=$(SHARED)/matminer OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(RESULTS)/hub \
+                TASKS=$(SHARED)/matminer/tasks.json HUB_TASKS="$(RESULTS_HUB)"
+
+results: results-hub
+	$(results_make) -j2 results-tasks
+	$(PY) benchmark.py --table --output $(RESULTS)
+
+results-hub: | $(VENV)/done
+	$(results_make) backbone PRETRAIN_ARGS="--epochs 6" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
+	$(results_make) -j2 hub KIND=full LIMIT=2500 EPOCHS=12
+	$(results_make) -j2 hub KIND=adapter LIMIT=2500 EPOCHS=12
+
+results-tasks: $(RESULTS_TASKS:%=results-task-%)
+
+results-task-%:
+	$(PY) benchmark.py --task $* --tasks $(TASKS) --splits $(SHARED)/splits --hub $(HUB) --output $(RESULTS) --epochs 20 > $(RESULTS)/$*.log
+
+clean:
+	rm -rf runs .cache .pytest_cache
+
+.PHONY: help setup test demo demo-tasks backbone hub compose finetune results results-hub results-tasks clean

@@ -1,0 +1,171 @@
+"""Methods x tasks x split seeds, from the stages themselves, and the table of their test errors (section 3, Table 1).
+
+    python benchmark.py --task dielectric,mp_phonons --tasks ../shared/matminer/tasks.json --splits ../shared/splits
+    python benchmark.py --table --output runs/results
+
+Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
+stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), theta0 (fine-tune the backbone), best-module
+(fine-tune the module with the largest weight: pair-wise transfer), scratch (the backbone's architecture, fresh), cgcnn
+(from scratch). All get the same rows and the same budget of epochs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import compose
+import finetune
+import train_module as tm
+
+METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn")
+# Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
+PUBLISHED = {
+    "expt_bandgap": (0.471, 0.374, 0.358, 0.305),
+    "expt_eform": (0.193, 0.0949, 0.168, 0.0839),
+    "jarvis_2d_dielectric_opt": (2.90, 2.29, 2.35, 1.89),
+    "jarvis_2d_eform": (0.169, 0.106, 0.125, 0.0495),
+    "jarvis_2d_exfoliation": (59.7, 52.5, 35.4, 36.3),
+    "jarvis_2d_gap_opt": (0.686, 0.532, 0.582, 0.375),
+    "mp_eps_electronic": (0.168, 0.157, 0.108, 0.0885),
+    "mp_eps_total": (0.258, 0.236, 0.171, 0.158),
+    "mp_phonons": (0.127, 0.0996, 0.0596, 0.0484),
+    "mp_poly_electronic": (2.97, 2.61, 2.11, 2.09),
+    "mp_poly_total": (6.54, 5.51, 4.89, 4.86),
+}
+
+
+@dataclass
+class Config:
+    task: str = "dielectric"  # one or several: a,b,c
+    data: str = ""  # "demo", or a folder or file; default: each task's own data set
+    tasks: str = ""  # JSON file with more tasks
+    splits: str = ""  # folder with TASK/seedK.json; default: 70/15/15 by the seed
+    seeds: str = "0,1,2"  # of the split and of the training
+    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn"  # see above
+    hub: str = "hub"
+    output: str = "runs/benchmark"
+    cache: str = ""  # folder of the built graphs and of the embeddings
+    limit: int = 0  # use this many random rows of each task; 0: all
+    epochs: int = 60
+    patience: int = 10
+    batch_size: int = 32
+    lr: float = 0.0  # 0: fine-tuning's default for the preset
+    table: bool = False  # run nothing; show what has run
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: bool = True  # accepted as everywhere; finished runs are always kept
+    config: str = ""  # a run's config.json as defaults
+    quiet: bool = False
+
+
+def run(cfg):
+    """Run what is missing, then print and write the tables. Returns {task: {method: [metrics of each seed]}}."""
+    methods = [m for m in cfg.methods.split(",") if m]
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods {method}: use {', '.join(METHODS)}")
+    if not cfg.table:
+        for task in cfg.task.split(","):
+            for seed in map(int, cfg.seeds.split(",")):
+                for method in methods:
+                    one_run(cfg, method, finetune.data.get_task(task, cfg.tasks, cfg.data).name, seed)
+    found = collect(Path(cfg.output))
+    if not found:
+        raise FileNotFoundError(f"{cfg.output}: no finished run; run the benchmark without --table first")
+    text = table(found) + "\n\n" + merges(Path(cfg.output))
+    tm.write_text(Path(cfg.output) / "table.md", text + "\n")
+    print(text)
+    return found
+
+
+def one_run(cfg, method, task, seed):
+    """One method on one split of one task."""
+    folder = Path(cfg.output) / method / task / f"seed{seed}"
+    if (folder / "metrics.json").exists():
+        return
+    tm.say(cfg, f"--- {method}, {task}, seed {seed}")
+    shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit,
+                  split_seed=seed, split_file=f"{cfg.splits}/{task}/seed{seed}.json" if cfg.splits else "",
+                  seed=seed, device=cfg.device, quiet=cfg.quiet, resume=True)  # fmt: skip
+    how = dict(init="backbone")
+    if method.startswith("moma-"):
+        how = dict(init=str(composed(cfg, method.removeprefix("moma-"), task, seed, shared)))
+    elif method == "best-module":
+        weights = json.loads((composed(cfg, "full", task, seed, shared) / "composition.json").read_text())["modules"]
+        how = dict(init=max(weights, key=lambda name: weights[name]["weight"]))
+    elif method in ("scratch", "cgcnn"):
+        how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
+    budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
+    finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder)))
+
+
+def composed(cfg, kind, task, seed, shared):
+    """The module composed for this split; made once."""
+    folder = Path(cfg.output) / "composed" / kind / task / f"seed{seed}"
+    if not (folder / "composition.json").exists():
+        compose.run(compose.Config(**shared, kind=kind, output=str(folder)))
+    return folder
+
+
+def collect(root):
+    """{task: {method: [metrics of each seed]}} of the finished runs under root."""
+    found = {}
+    for method in METHODS:
+        for path in sorted(root.glob(f"{method}/*/seed*/metrics.json")):
+            task = path.parent.parent.name
+            found.setdefault(task, {}).setdefault(method, []).append(json.loads(path.read_text()))
+    return found
+
+
+def table(found):
+    """Test MAE, mean and standard deviation over the seeds, as Markdown; the lowest of a row in bold."""
+    methods = [m for m in METHODS if any(m in runs for runs in found.values())]
+    published = any(task in PUBLISHED for task in found)
+    head = ["task (unit)", "rows", *methods] + ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for task, runs in sorted(found.items()):
+        some = next(iter(runs.values()))[0]
+        means = {m: np.mean([r["test_mae"] for r in runs[m]]) for m in runs}
+        cells = [f"{task} ({some['unit'] or '1'})", str(some.get("train_rows", "")) + f" / {some['test']['rows']}"]
+        for m in methods:
+            if m not in runs:
+                cells.append("")
+                continue
+            errors = [r["test_mae"] for r in runs[m]]
+            text = f"{means[m]:.4g} ± {np.std(errors, ddof=1) if len(errors) > 1 else 0:.2g}"
+            text = f"**{text}**" if means[m] == min(means.values()) else text
+            cells.append(text + ("" if len(errors) == max(map(len, runs.values())) else f" ({len(errors)} seeds)"))
+        if published:
+            cells.append(", ".join(f"{x:g}" for x in PUBLISHED.get(task, ())))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def merges(root):
+    """What each composition promised and what the merged module kept, mean over seeds; and the heat map of the weights.
+
+    All four errors are leave-one-out on the training rows, mean squared error over the variance of the labels.
+    """
+    lines = ["| task, kind | mixture | composed module | best module | theta_0 | merge gap | largest weights |", "|" + "---|" * 7]
+    for kind in ("full", "adapter"):
+        pictures = {}
+        for folder in sorted((root / "composed" / kind).glob("*")):
+            results = [json.loads(p.read_text()) for p in sorted(folder.glob("seed*/composition.json"))]
+            if not results:
+                continue
+            error = {k: np.mean([r["errors"][k] for r in results]) for k in ("mixture", "composed", "best_single", "theta_0")}
+            weight = {g: float(np.mean([r["modules"][g]["weight"] for r in results])) for g in results[0]["modules"]}
+            largest = sorted(weight.items(), key=lambda item: -item[1])[:3]
+            cells = [f"{folder.name}, {kind}", *(f"{e:.3f}" for e in error.values())]
+            cells += [f"{error['composed'] - error['mixture']:+.3f}", ", ".join(f"{g} {w:.2f}" for g, w in largest)]
+            lines.append("| " + " | ".join(cells) + " |")
+            pictures[folder.name] = {"modules": {g: {"weight": w} for g, w in weight.items()}}
+        if pictures:
+            compose.draw_heat_map(pictures, root / f"heat_map_{kind}.png")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tm.main(run, Config, __doc__)
