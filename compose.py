@@ -353,6 +353,7 @@ def run(cfg):
     if cfg.all or "," in cfg.task:
         return run_several(cfg)
     start, cards = time.monotonic(), candidates(cfg)
+    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", data.ALIASES.get(cfg.task, cfg.task)))
     modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
     sha = {name: card["tensors_sha256"] for name, card in cards.items()}
     some = next(iter(cards.values()))
@@ -496,8 +497,7 @@ def run_several(cfg):
         names, left_out = downstream_tasks(cfg)
     folder, results = Path(cfg.output or "runs"), {}
     for name in names:
-        one = replace(cfg, task=name, all=False, output=str(folder / name / "composed"))
-        results[name] = run(replace(one, split_file=cfg.split_file.replace("{task}", name)))
+        results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name / "composed")))
     picture = folder / "heat_map.png"
     draw_heat_map(results, picture)
     weights = {task: {name: x["weight"] for name, x in r["modules"].items()} for task, r in results.items()}

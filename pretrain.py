@@ -92,41 +92,36 @@ class EnergySet:
 def load_sets(cfg, graph, use_forces=True):
     """The sets of --sets, normalised, with their graphs: {name: EnergySet}."""
     names = [s.strip() for s in cfg.sets.split(",") if s.strip()]
-    try:
-        weights = [float(w) for w in cfg.force_weight.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) not in (1, len(names)):
+    weights, sets = cfg.force_weight.split(","), {}
+    weights *= len(names) if len(weights) == 1 else 1
+    if len(weights) != len(names) or not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*", w) for w in weights):
         raise ValueError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
-    sets = {}
-    for text, weight in zip(names, weights if len(weights) > 1 else weights * len(names), strict=True):
+    quiet = cfg.quiet or tm.rank() > 0
+    for text, weight in zip(names, weights, strict=True):
         task = find_task(text, cfg)
         if task.name in sets:
             raise ValueError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
-        for turn in range(2):  # the first process fills the cache, the others find it filled
-            if (tm.rank() > 0) == turn:
-                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=cfg.quiet or tm.rank() > 0)
-                if not use_forces:
-                    crystals.forces = None
+        for first in (True, False):  # the first process fills the cache, the others find it filled
+            if (tm.rank() == 0) == first:
+                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet)
+                crystals.forces = crystals.forces if use_forces else None
                 s = sets[task.name] = normalise(task.name, crystals, cfg)
-                s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=cfg.quiet or tm.rank() > 0)
-                s.force_weight = weight
+                s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=quiet)
+                s.force_weight = float(weight)
             tm.barrier()
     return sets
 
 
 def find_task(text, cfg):
-    """The task of a name, or of a file; an extxyz file and the embedded force fields have their forces in `forces`."""
-    path = Path(text)
-    if not path.exists():
+    """The task of a name or a file. Embedded force fields and extxyz files that have them keep forces in `forces`."""
+    if "/" not in text and "." not in text:
         task = data.get_task(text, cfg.tasks, cfg.data)
-        embedded = task.dataset.startswith("demo:") and task.role == "pretrain"
-        return replace(task, forces_column="forces") if embedded else task
-    name, forces = re.sub(r"\W", "_", path.stem), False
-    if path.suffix == ".extxyz":
-        with open(path) as f:
-            forces = "forces:R:3" in f.readline() + f.readline()  # the comment line of the first frame
-    return data.get_task(name, cfg.tasks, text, unit="eV", forces_column="forces" if forces else "")
+        return replace(task, forces_column="forces") if task.dataset.startswith("demo:") and task.role == "pretrain" else task
+    forces = ""
+    if text.endswith(".extxyz") and Path(text).exists():
+        with open(text) as f:
+            forces = "forces" if "forces:R:3" in f.readline() + f.readline() else ""  # the first frame's comment line
+    return data.get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
 
 
 def normalise(name, crystals, cfg):

@@ -110,8 +110,10 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
     while state["epoch"] < cfg.epochs and not (cfg.patience and state["epoch"] - state["best_epoch"] >= cfg.patience):
         start, epoch, losses = time.monotonic(), state["epoch"], []
         torch.manual_seed((cfg.seed * EPOCH_SEED + epoch) * world() + rank())  # dropout
-        for part in model.children():  # frozen parts stay in evaluation mode: their features are constants
-            part.train(any(p.requires_grad for p in part.parameters()))
+        model.train()
+        for part in model.modules():  # what is frozen stays in evaluation mode: its features are constants
+            if {p.requires_grad for p in part.parameters()} == {False}:
+                part.eval()
         train = batches["train"](epoch)
         for i, batch in enumerate(tqdm(train, f"epoch {epoch + 1}/{cfg.epochs}", leave=False, disable=silent(cfg))):
             lr = cfg.lr * state["plateau"] * lr_factor(epoch + i / len(train), cfg.epochs)

@@ -17,7 +17,7 @@ from data import tables
 from hub import rename_published
 from model import GEMNET, PretrainModel, PropertyModel, build_backbone, pool, sum_to
 
-GRAPHS = {"main": "main", "a2a": "a2a", "a2ee2a": "a2ee2a", "qint": "qint"}
+GRAPHS = ("main", "a2a", "a2ee2a", "qint")
 
 
 def architecture(file):
@@ -33,13 +33,14 @@ def given_batch(file, dtype):
     inputs, bits = file["inputs"], "float64" if dtype == torch.float64 else "float32"
     batch = {"Z": inputs["atomic_numbers"], "pos": inputs["pos"].double(), "batch": inputs["batch"]}
     batch["num_atoms"] = inputs["natoms"]
-    batch["cell"] = inputs["cell"].double()
-    for ours, theirs in GRAPHS.items():
-        graph = file["graphs"][theirs]
-        batch[f"{ours}.src"], batch[f"{ours}.dst"] = graph["edge_index"]
-        batch[f"{ours}.offset"] = graph["cell_offset"].long()
-        batch[f"{ours}.d"] = graph[f"distance_{bits}"].to(dtype)
-        batch[f"{ours}.V"] = graph[f"vector_{bits}"].to(dtype)
+    cell = inputs.get("cell")
+    batch["cell"] = torch.zeros(len(inputs["natoms"]), 3, 3).double() if cell is None else cell.double()
+    for name in GRAPHS:
+        graph = file["graphs"][name]
+        batch[f"{name}.src"], batch[f"{name}.dst"] = graph["edge_index"]
+        batch[f"{name}.offset"] = graph["cell_offset"].long()
+        batch[f"{name}.d"] = graph[f"distance_{bits}"].to(dtype)
+        batch[f"{name}.V"] = graph[f"vector_{bits}"].to(dtype)
     batch["main.swap"] = file["graphs"]["main"]["id_swap"]
     return batch | tables(batch)
 
@@ -61,20 +62,23 @@ def run(file, dtype):
     model, head, tasks = load(file, dtype)
     batch = given_batch(file, dtype)
     backbone = model.backbone
-    h, m, x_E, x_F, g = zip(*backbone.states(batch, with_edges=True))
+    forces = backbone.arch["forces"]
+    h, m, x_E, x_F, g = zip(*backbone.states(batch, with_edges=forces))
     out = {"h0": h[0], "m0": m[0], "h_blocks": torch.stack(h[1:]), "m_blocks": torch.stack(m[1:])}
     out |= {"x_E_blocks": torch.stack(x_E)}
     out["x_E"] = backbone.readout(torch.stack(x_E, dim=1))
-    out["x_F"] = backbone.out_mlp_F.out_mlp(torch.cat(x_F, dim=1))
     out["atom_energy"] = torch.cat([model.out_energy[t](out["x_E"]) for t in tasks], dim=1)
     out["energy"] = pool(out["atom_energy"], batch, "sum")
-    out["edge_force_scalar"] = torch.cat([model.out_forces[t](out["x_F"]) for t in tasks], dim=1)
-    forces = out["edge_force_scalar"][:, None, :] * g[0]["V"][:, :, None]
-    out["forces_direct"] = sum_to(forces, batch["main.dst"], len(batch["Z"]))
+    loss = out["energy"].abs().mean()
+    if forces:
+        out["x_F"] = backbone.out_mlp_F.out_mlp(torch.cat(x_F, dim=1))
+        out["edge_force_scalar"] = torch.cat([model.out_forces[t](out["x_F"]) for t in tasks], dim=1)
+        along = out["edge_force_scalar"][:, None, :] * g[0]["V"][:, :, None]
+        out["forces_direct"] = sum_to(along, batch["main.dst"], len(batch["Z"]))
+        w = torch.linspace(0.5, 1.5, out["forces_direct"].numel(), dtype=dtype)
+        loss = loss + (w * out["forces_direct"].flatten()).abs().mean()
     y = head.head(out["x_E"]).squeeze(1)
     out |= {f"matbench_y_{how}": pool(y, batch, how) for how in ("mean", "sum", "max")}
-    w = torch.linspace(0.5, 1.5, out["forces_direct"].numel(), dtype=dtype)
-    loss = out["energy"].abs().mean() + (w * out["forces_direct"].flatten()).abs().mean()
     loss.backward()
     _, published = rename_published(file["state_dict"], tasks)
     norms = {published[n]: p.grad.norm() for n, p in model.named_parameters() if p.grad is not None}

@@ -403,6 +403,7 @@ def test_several_tasks_make_a_heat_map(made, tmp_path):
     ({"few_shot": 1}, ValueError, "m=1"),
     ({"few_shot": 29}, ValueError, "--few-shot 29: the training split has 28 rows"),
     ({"hub": "nowhere"}, FileNotFoundError, "nowhere: no such hub"),
+    ({"split_file": "no/{task}.json"}, FileNotFoundError, "no/demo_optical_gap.json: no such file"),
     ({"task": "demo_optical_ga"}, ValueError, "demo_optical_ga:"),
 ])  # fmt: skip
 def test_errors_say_what_where_and_the_cure(made, tmp_path, changes, error, message):

@@ -150,10 +150,10 @@ def history(folder):
 
 def two_springs(task, *args, **kwargs):
     """Stands in for data.load: dimers with a spring (energies and forces) and one-atom cells that resist compression."""
-    d = np.random.default_rng(0).uniform(2.5, 3.5, 100)  # A; bond length, edge of the cell
+    d = np.random.default_rng(0).uniform(2.0, 3.0, 100)  # A; bond length, edge of the cell; 3 is relaxed
     if task.name == "dimers":
         c = crystals([[1, 8]] * 100, -20 + 4 * (d - 3) ** 2)
-        c.forces = [np.array([[f, 0, 0], [-f, 0, 0]]) for f in 8 * (d - 3)]  # atom 0 is pulled towards +x when d > 3
+        c.forces = [np.array([[f, 0, 0], [-f, 0, 0]]) for f in 8 * (d - 3)]  # atom 0 is pushed towards -x
         c.pos = [np.array([[0.0, 0, 0], [x, 0, 0]]) for x in d]
         return c
     c = crystals([[29]] * 100, -3 + 4 * (d - 3) ** 2, "eV/atom")

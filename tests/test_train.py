@@ -346,7 +346,7 @@ def test_two_processes_reach_the_loss_of_one(home, tmp_path):
         command = [sys.executable, str(ROOT / "train_module.py"), *flags, "--batch-size", "9", "--name", name, "--output", str(folder)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
         processes = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(n)]
-        assert [p.wait(timeout=120) for p in processes] == [0] * n
+        assert [p.wait(timeout=300) for p in processes] == [0] * n
         out[n] = np.loadtxt(folder / "history.csv", delimiter=",", skiprows=1)[:, :4]
         shutil.rmtree(home.hub / name)
     np.testing.assert_allclose(out[2], out[1], rtol=2e-4)

@@ -1,0 +1,73 @@
+"""The stages, chained on the embedded crystals through their command lines, for both kinds of modules."""
+
+import csv
+import json
+import math
+
+import pytest
+
+import compose
+import demo
+import finetune
+import hub
+import predict
+import pretrain
+import train_module as tm
+
+SMALL = ["--data", "demo", "--limit", "24", "--quiet"]
+
+
+def call(stage, *argv):
+    """python STAGE.py ARGV; the exit code."""
+    with pytest.raises(SystemExit) as stop:
+        tm.main(stage.run, stage.Config, stage.__doc__, [*map(str, argv)])
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A hub with a theta_0 pre-trained for an epoch, two full and two adapter modules."""
+    root = tmp_path_factory.mktemp("stages")
+    shared = [*SMALL, "--hub", root / "hub", "--cache", root / "cache", "--batch-size", "8"]
+    sets = ["--sets", "demo_forcefield,demo_clusters", "--preset", "tiny", "--output", root / "pretrain"]
+    assert call(pretrain, *sets, *shared, "--epochs", "1") == 0
+    for kind in ("full", "adapter"):
+        for task in ("demo_dielectric", "demo_gap"):
+            name = ["--task", task, "--name", f"{task}-{kind}", "--kind", kind]
+            assert call(tm, *name, *shared, "--epochs", "2") == 0
+    return root, shared
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_task_goes_from_hub_to_predictions(home, kind, monkeypatch, capsys):
+    root, shared = home
+    work = root / f"work_{kind}"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    task = ["--task", "demo_refractive_index"]
+    assert hub.verify(root / "hub") == []
+    assert call(compose, *task, *shared, "--kind", kind, "--bootstrap", "5") == 0
+    composed = work / "runs" / "demo_refractive_index" / "composed"  # where finetune.py looks without being told
+    report = json.loads((composed / "composition.json").read_text())
+    assert sum(m["weight"] for m in report["modules"].values()) == pytest.approx(1)
+    assert hub.read_card(composed)["kind"] == kind
+
+    assert call(finetune, *task, *shared, "--epochs", "3") == 0
+    metrics = json.loads((work / "runs" / "demo_refractive_index" / "metrics.json").read_text())
+    assert metrics["kind"] == kind and math.isfinite(metrics["test_mae"])
+    assert f"test MAE {metrics['test_mae']:.4g}" in capsys.readouterr().out
+
+    demo.write_examples("my_crystals")
+    assert call(predict, "--model", "runs/demo_refractive_index", "my_crystals", "--quiet") == 0
+    rows = list(csv.reader(open("predictions.csv")))
+    assert rows[0][0] == "id" and rows[0][1].startswith("prediction") and len(rows) >= 3
+    assert all(math.isfinite(float(value)) for _, value in rows[1:])
+
+
+def test_every_stage_repeats_itself_from_its_config_file(home, tmp_path):
+    root, shared = home
+    assert call(pretrain, "--config", root / "pretrain" / "config.json", "--hub", tmp_path / "hub", "--output", tmp_path / "run") == 0
+    assert call(tm, "--config", root / "hub" / ".runs" / "demo_gap-full" / "config.json", "--hub", tmp_path / "hub") == 0
+    for name in ("backbone", "demo_gap-full"):
+        old, new = (hub.read_card(h / name)["tensors_sha256"] for h in (root / "hub", tmp_path / "hub"))
+        assert old == new
