@@ -1314,6 +1314,8 @@ def collate(records, edge_dropout=0.0, generator=None):
             src, dst, offset = torch.cat([src, dst]), torch.cat([dst, src]), torch.cat([offset, -offset])
             batch["main.swap"] = torch.arange(len(src)).roll(len(src) // 2)
         batch |= {f"{name}.src": src, f"{name}.dst": dst, f"{name}.offset": offset}
+    if edge_dropout > 0:
+        batch["edge_dropout"] = edge_dropout  # sums over edges are divided by 1 - p in the output blocks
     return batch | tables(batch)
 
 

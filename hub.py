@@ -18,6 +18,7 @@ Nothing here unpickles but `import`, which is restricted: tensors are safetensor
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -594,8 +595,6 @@ def read_published(path: Path, trust_pickle: bool, heads: str):
     heads: the group of the heads that belong there. Returns a namespace: path, checkpoint, state {key: tensor}, arch,
     tensors {name in GemNetOC: tensor} in the model's order, published {that name: its key}, groups {group: keys}.
     """
-    import model as moma
-
     checkpoint = read_checkpoint(path, trust_pickle)
     state, groups = {str(k): t for k, t in checkpoint["state_dict"].items()}, {}
     named, keys = rename_published(state)
@@ -607,8 +606,7 @@ def read_published(path: Path, trust_pickle: bool, heads: str):
     published = {n.removeprefix("backbone."): k for n, k in keys.items() if n.startswith("backbone.")}
     shapes = {n: tuple(state[k].shape) for n, k in published.items() if plain(state[k])}
     arch = architecture_of(shapes)
-    with torch.device("meta"):
-        wanted = {n: tuple(t.shape) for n, t in moma.build_backbone(arch).state_dict().items()}
+    wanted = shapes_of(json.dumps(arch))
     wrong = {
         "unexpected": groups.get("unexpected", []) + [k for n, k in published.items() if n not in wanted],
         "missing": [f"backbone.{n}".replace("backbone.embedding", "embedding.atom_embedding")
@@ -662,11 +660,10 @@ def architecture_of(shapes: dict) -> dict:
     widths = ["num_elements", "num_radial", "num_spherical", *(k for k in moma.GEMNET if k.startswith("emb_size"))]
     primes = [n for n in range(101, 200) if all(n % d for d in range(2, 15))]  # none is a sum or product of others
     argument = dict(zip(primes, widths))
-    with torch.device("meta"):
-        probe = moma.build_backbone(moma.preset("base", **dict(zip(widths, primes)), **dict.fromkeys(COUNTS, 1)))
+    probe = shapes_of(json.dumps(moma.preset("base", **dict(zip(widths, primes)), **dict.fromkeys(COUNTS, 1))))
     votes = {width: Counter() for width in widths}
-    for name, t in probe.state_dict().items():
-        for size, found in zip(t.shape, shapes.get(name, ())):
+    for name, shape in probe.items():
+        for size, found in zip(shape, shapes.get(name, ())):
             if size in argument:
                 votes[argument[size]][found] += 1
     sizes = {width: seen.most_common(1)[0][0] for width, seen in votes.items() if seen}
@@ -680,6 +677,15 @@ def architecture_of(shapes: dict) -> dict:
         if all(arch[k] == v for k, v in sizes.items()):
             return arch
     return moma.preset("base", forces=forces, **sizes) | {"preset": "custom"}
+
+
+@functools.cache
+def shapes_of(arch: str) -> dict:
+    """{name: shape} of the backbone that the JSON text `arch` describes, in the model's order; makes no weights."""
+    import model as moma
+
+    with torch.device("meta"):
+        return {n: tuple(t.shape) for n, t in moma.build_backbone(json.loads(arch)).state_dict().items()}
 
 
 def take_ema(p) -> None:

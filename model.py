@@ -231,7 +231,7 @@ class Bases(nn.Module):
         A, K = table.shape
         V_in = gather(V, table)  # (A, K, 3)
         out = {"num_atoms": A, "rbf": rbf, "V": V, "src": g["main.src"], "dst": g["main.dst"], "swap": g["main.swap"]}
-        out |= {"table": table, "slot": g["main.slot"]}
+        out |= {"table": table, "slot": g["main.slot"], "kept": 1 - g.get("edge_dropout", 0.0)}
         out |= {"rad_h": self.mlp_rbf_h(rbf), "rad_out": self.mlp_rbf_out(rbf)}
 
         if a["trip_interaction"]:  # c -> a <- b, both main
@@ -429,8 +429,8 @@ class AtomUpdate(nn.Module):
         first = [Dense(edge, atom)] if edge != atom else []
         self.layers = nn.ModuleList(first + residuals(a["num_atom"], atom))
 
-    def forward(self, m, g, rad):
-        x = sum_to(m * self.dense_rbf(rad), g["dst"], g["num_atoms"])
+    def forward(self, m, g, rad, kept=1.0):
+        x = sum_to(m * self.dense_rbf(rad), g["dst"], g["num_atoms"]) / kept
         x = self.scale_sum(x, m if self.scale_sum.fitting else None)
         for layer in self.layers:
             x = layer(x)
@@ -498,7 +498,7 @@ class OutputBlock(AtomUpdate):
             self.dense_rbf_F = Dense(a["emb_size_rbf"], a["emb_size_edge"], activation=False)
 
     def forward(self, h, m, g, with_edges=False):
-        x_E = self.seq_energy2((super().forward(m, g, g["rad_out"]) + h) * 0.5**0.5)
+        x_E = self.seq_energy2((super().forward(m, g, g["rad_out"], g["kept"]) + h) * 0.5**0.5)
         if not with_edges:
             return x_E, None
         x = self.seq_forces(m)

@@ -48,7 +48,7 @@ class Config:
     preset: str = "small"
     backbone: str = "gemnet_oc"
     seed: int = 0
-    epochs: int = 0  # 0: by preset: tiny 20, small 40, else JMP's 2. An epoch has every row of the largest set once
+    epochs: int = 0  # each row of the largest set once; 0: by preset: tiny 20, small 40, else JMP's 2
     batch_size: int = 32
     max_atoms: int = 1000  # never more atoms in a batch; 0: no limit
     lr: float = 0.0  # 0: JMP-L's 3e-4, or by preset: tiny 5e-3, small 2e-3
@@ -57,7 +57,7 @@ class Config:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.99
     edge_dropout: float = 0.1
-    force_weight: str = "1"  # against the energy; one number, or one for each set. JMP: 73, 80, 15, 14
+    force_weight: str = "1"  # against the energy (per atom); one number, or one a set. JMP: 15 to 80 (total energy)
     temperature: float = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: float = 30.0  # leave out structures with a larger force on an atom, eV/A
     max_energy: float = 15.0  # and with an energy residual per atom beyond so many times its spread
@@ -75,7 +75,7 @@ class Config:
 # ---------------------------------------------------------------- sets: energies, references, scales
 
 
-@dataclass
+@dataclass(eq=False)
 class EnergySet:
     name: str
     crystals: data.Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale
@@ -343,8 +343,9 @@ def run(cfg):
 
     torch.manual_seed(cfg.seed)
     net = moma.PretrainModel(moma.build_backbone(arch), {s.name: s.crystals.forces is not None for s in sets.values()})
-    sample = [s.dataset[i] for s in sets.values() for i in s.train[:16]]
-    moma.fit_scale_factors(net.backbone, data.collate([{k: v for k, v in r.items() if k != "forces"} for r in sample]))
+    first = {s: data.batch_indices(s.dataset.num_atoms, s.train, 16, max_atoms=128)[0] for s in sets.values()}
+    sample = [{k: v for k, v in s.dataset[i].items() if k != "forces"} for s, rows in first.items() for i in rows]
+    moma.fit_scale_factors(net.backbone, data.collate(sample))
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
@@ -392,6 +393,7 @@ def fit(parts, sets, state, cfg, folder, until):
         warmup = min(0.1, cfg.warmup_steps / (cfg.epochs * len(plan)))
         for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=tm.silent(cfg)):
             lr = cfg.lr * lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
+            torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * tm.world() + tm.rank())  # a fork may have dropout
             state["losses"].append(train_step(net, ema, optimizer, batch, sets, cfg, lr))
             state["step"] += 1
             state["done"] += 1

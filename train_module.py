@@ -37,6 +37,7 @@ import model as moma
 
 WARMUP, COSINE = 5, 32  # epochs: lr rises from 0.1 during the first, falls to 0.1 until the second (B.2)
 LR = {"tiny": 2e-3, "small": 1e-3}  # small nets bear and need larger steps; the others take the paper's 5e-4
+SAVE_SECONDS = 2  # last.pt is written after the epoch in which so much time has passed since the last writing
 EPOCH_SEED = 1_000_003  # everything random in an epoch follows from (seed, epoch), so a resumed run repeats it
 
 
@@ -94,8 +95,10 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
     params = [p for p in model.parameters() if p.requires_grad]
     frozen = {k for k, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     live = {k: v for k, v in model.state_dict().items() if k not in frozen}  # shares memory with the model
-    buffers = [v for k, v in live.items() if k in dict(model.named_buffers(remove_duplicate=False))]
-    averaged = [k for k in live if k in dict(model.named_parameters(remove_duplicate=False))]
+    names = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    averaged, buffers = [k for k in live if k in names], [v for k, v in live.items() if k not in names]
+    fixed = [part for part in model.modules() if {p.requires_grad for p in part.parameters()} == {False}]
+    still = {inner for part in fixed for inner in part.modules()}
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, amsgrad=True)
     state = {"epoch": 0, "step": 0, "best": math.inf, "best_epoch": 0, "seconds": 0.0, "history": [],
              "plateau": 1.0, "plateau_best": math.inf, "plateau_bad": 0}  # fmt: skip
@@ -107,13 +110,12 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
             copy_(mine, saved[key])
         optimizer.load_state_dict(saved["optimizer"])
 
+    written = time.monotonic()
     while state["epoch"] < cfg.epochs and not (cfg.patience and state["epoch"] - state["best_epoch"] >= cfg.patience):
         start, epoch, losses = time.monotonic(), state["epoch"], []
         torch.manual_seed((cfg.seed * EPOCH_SEED + epoch) * world() + rank())  # dropout
-        model.train()
-        for part in model.modules():  # what is frozen stays in evaluation mode: its features are constants
-            if {p.requires_grad for p in part.parameters()} == {False}:
-                part.eval()
+        for part in model.modules():
+            part.training = part not in still  # what is frozen stays in evaluation mode: its features are constants
         train = batches["train"](epoch)
         for i, batch in enumerate(tqdm(train, f"epoch {epoch + 1}/{cfg.epochs}", leave=False, disable=silent(cfg))):
             lr = cfg.lr * state["plateau"] * lr_factor(epoch + i / len(train), cfg.epochs)
@@ -144,8 +146,10 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
         state["history"].append([epoch + 1, sum(losses) / len(losses), val, lr, round(seconds, 3)])
         if rank() == 0:
             write_text(Path(folder) / "history.csv", csv_text(HISTORY, state["history"]))
-            tensors = {"model": live, "ema": ema, "best": best, "optimizer": optimizer.state_dict()}
-            write_atomic(last, lambda f: torch.save({"state": state, **tensors}, f))
+            if time.monotonic() - written >= SAVE_SECONDS:
+                tensors = {"model": live, "ema": ema, "best": best, "optimizer": optimizer.state_dict()}
+                write_atomic(last, lambda f: torch.save({"state": state, **tensors}, f))
+                written = time.monotonic()
         if silent(cfg) and (epoch + 1) % max(1, cfg.epochs // 5) == 0:  # a log file gets five lines, not a bar
             say(cfg, f"epoch {epoch + 1}/{cfg.epochs}: val MAE {val:.4g} {unit}, best {state['best']:.4g}")
 

@@ -7,6 +7,9 @@
 The key lists come from `model.py`; test_import.py holds them to ../shared/reference/gemnet_oc_state_dict.json.
 """
 
+import copy
+import functools
+import json
 import re
 import sys
 from pathlib import Path
@@ -31,11 +34,17 @@ RADIAL_COPIES = ("cbf_basis_qint.radial_basis", "sbf_basis_qint.radial_basis", "
                  "cbf_basis_tint.radial_basis")  # fmt: skip
 
 
+@functools.cache
+def skeleton(arch, tasks):
+    """The model without values; arch as JSON."""
+    arch = json.loads(arch)
+    with torch.device("meta"):
+        return moma.PretrainModel(moma.build_backbone(arch), dict.fromkeys(tasks, arch["forces"]))
+
+
 def random_model(arch, tasks=TASKS, seed=0):
     """A pre-training model with random values, scale factors included; cheap even for the large sizes."""
-    with torch.device("meta"):
-        model = moma.PretrainModel(moma.build_backbone(arch), dict.fromkeys(tasks, arch["forces"]))
-    model.to_empty(device="cpu")
+    model = copy.deepcopy(skeleton(json.dumps(arch), tuple(tasks))).to_empty(device="cpu")
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, t in model.state_dict().items():

@@ -25,6 +25,12 @@ TINY = moma.preset("base", **published.NARROW) | {"preset": "custom"}
 DENSE = "backbone.int_blocks.1.dense_ca.linear.weight"
 
 
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """These tests need not wait for the disk."""
+    monkeypatch.setattr(hub.os, "fsync", lambda fd: None)
+
+
 @pytest.fixture(scope="module")
 def checkpoint():
     return published.jmp_checkpoint(TINY)
@@ -340,13 +346,12 @@ def test_a_head_of_another_form_is_left_out_aloud(run, modules, tmp_path):
 
 @pytest.mark.parametrize(("preset", "listed"), [("base", "JMP-S"), ("large", "JMP-L")])
 def test_the_files_made_here_have_the_listed_keys(preset, listed):
-    path = hub.Path(__file__).resolve().parents[2] / "shared/reference/gemnet_oc_state_dict.json"
+    path = Path(__file__).resolve().parents[2] / "shared/reference/gemnet_oc_state_dict.json"
     if not path.is_file():
         pytest.skip("../shared/reference/gemnet_oc_state_dict.json is not here")
     listed = json.loads(path.read_text())[listed]
-    with torch.device("meta"):
-        model = moma.PretrainModel(moma.build_backbone(moma.preset(preset, forces=True)), dict.fromkeys(published.TASKS, True))
-        state = published.published_state(model)
+    model = published.skeleton(json.dumps(moma.preset(preset, forces=True)), published.TASKS)
+    state = published.published_state(model)
     assert {k: list(t.shape) for k, t in state.items()} == {k["key"]: k["shape"] for k in listed["keys"]}
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     _, keys = hub.rename_published(state, published.TASKS)
@@ -356,30 +361,26 @@ def test_the_files_made_here_have_the_listed_keys(preset, listed):
 def test_presets_and_other_sizes_are_recognised():
     for arch in (moma.preset("base"), moma.preset("large"), moma.preset("base", forces=True), TINY,
                  TINY | {"emb_size_edge": TINY["emb_size_atom"]}):  # fmt: skip
-        with torch.device("meta"):
-            shapes = {n: tuple(t.shape) for n, t in moma.build_backbone(arch).state_dict().items()}
-        assert hub.architecture_of(shapes) == arch
-    with torch.device("meta"):
-        arch = moma.preset("base", quad_interaction=False)
-        shapes = {n: tuple(t.shape) for n, t in moma.build_backbone(arch).state_dict().items()}
-    assert hub.architecture_of(shapes) == arch | {"preset": "custom"}
+        assert hub.architecture_of(hub.shapes_of(json.dumps(arch))) == arch
+    arch = moma.preset("base", quad_interaction=False)
+    assert hub.architecture_of(hub.shapes_of(json.dumps(arch))) == arch | {"preset": "custom"}
 
 
 def test_full_size_jmp_s_in_little_memory(tmp_path):
     """44 M numbers, twice; the import holds about one model. The peak is printed, and bounded loosely."""
     torch.save(published.jmp_checkpoint(moma.preset("base")), tmp_path / "jmp-s.pt")
-    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
-    script = f"import hub, model, torch._refs, resource; a = {peak}; code = hub.main(); print('MiB', a, {peak}); exit(code)"
+    peak = "[int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')][0]"
+    script = f"import hub, model, torch._refs; a = {peak}; code = hub.main(); print('MiB', a, {peak}); exit(code)"
     command = [sys.executable, "-c", script, "import", "jmp-s.pt", "--name", "jmp-s", "--hub", "hub"]
     env = {"PYTHONPATH": str(Path(hub.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    before, after = map(float, done.stdout.splitlines()[-1].split()[1:])
+    before, after = map(int, done.stdout.splitlines()[-1].split()[1:])
     card = hub.read_card(tmp_path / "hub/backbone")
     assert card["architecture"] == moma.preset("base") and card["num_parameters"] > 28_600_000
     model = (tmp_path / "hub/backbone/module.safetensors").stat().st_size / 2**20
-    assert after - before < 3 * model
+    assert after - before < 3 * model, (before, after, model)
     (tmp_path / "jmp-s.pt").unlink()
 
 
@@ -395,4 +396,4 @@ def test_parity_with_our_own_numbers(capsys, tmp_path):
 
 
 def test_parity_with_the_original(parity_file, capsys):
-    assert parity.main([hub.Path(__file__).resolve().parents[2] / "shared/reference/gemnet_oc_parity.pt"]) == 0
+    assert parity.main([Path(__file__).resolve().parents[2] / "shared/reference/gemnet_oc_parity.pt"]) == 0

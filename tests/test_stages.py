@@ -66,8 +66,9 @@ def test_a_task_goes_from_hub_to_predictions(home, kind, monkeypatch, capsys):
 
 def test_every_stage_repeats_itself_from_its_config_file(home, tmp_path):
     root, shared = home
-    assert call(pretrain, "--config", root / "pretrain" / "config.json", "--hub", tmp_path / "hub", "--output", tmp_path / "run") == 0
-    assert call(tm, "--config", root / "hub" / ".runs" / "demo_gap-full" / "config.json", "--hub", tmp_path / "hub") == 0
+    new = ["--hub", tmp_path / "hub"]
+    assert call(pretrain, "--config", root / "pretrain" / "config.json", *new, "--output", tmp_path / "run") == 0
+    assert call(tm, "--config", root / "hub" / ".runs" / "demo_gap-full" / "config.json", *new) == 0
     for name in ("backbone", "demo_gap-full"):
         old, new = (hub.read_card(h / name)["tensors_sha256"] for h in (root / "hub", tmp_path / "hub"))
         assert old == new

@@ -1,4 +1,4 @@
-"""The loop trains, resumes and repeats itself; scripts refuse wrong input in one line; runs are what their files say."""
+"""The loop trains, resumes and repeats itself; wrong input is refused in one line; runs are what their files say."""
 
 import csv
 import json
@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-import data
 import finetune
 import hub
 import model as moma
@@ -28,6 +27,11 @@ import train_module as tm
 
 ROOT = Path(tm.__file__).resolve().parent
 TASK = "demo_refractive_index"
+
+
+@pytest.fixture(autouse=True)
+def save_every_epoch(monkeypatch):
+    monkeypatch.setattr(tm, "SAVE_SECONDS", 0)
 
 
 # ---------------------------------------------------------------- the loop, on a line
@@ -255,7 +259,8 @@ def home(tmp_path_factory):
     backbone = moma.build_backbone(arch)
     card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"], "elements": [8]}
     hub.save(root / "hub" / "backbone", backbone.state_dict(), card, adapters_init=moma.new_adapters(arch).state_dict())
-    shared = dict(data="demo", hub=str(root / "hub"), cache=str(root / "cache"), limit=40, epochs=3, batch_size=8, quiet=True)
+    shared = dict(data="demo", hub=str(root / "hub"), cache=str(root / "cache"), limit=40, epochs=3, batch_size=8)
+    shared["quiet"] = True
     modules = tm.Config(task=TASK, **shared)
     for kind in ("full", "adapter"):
         tm.run(replace(modules, kind=kind, name=kind, output=str(root / f"run_{kind}")))
@@ -270,7 +275,8 @@ def test_modules_are_in_the_hub_with_their_cards(home):
     assert {name: card["kind"] for name, card in cards.items()} == {"full": "full", "adapter": "adapter"}
     theta = hub.read_card(home.hub / "backbone")["tensors_sha256"]
     for card in cards.values():
-        assert card["backbone_sha256"] == theta and card["rows_used"] == 40 and card["split"] == {"train": 28, "val": 6, "test": 6}
+        assert card["backbone_sha256"] == theta and card["rows_used"] == 40
+        assert card["split"] == {"train": 28, "val": 6, "test": 6}
         assert card["training"]["lr"] == tm.LR["tiny"] and card["training"]["epochs_run"] == 3
         assert str(home.root) not in json.dumps(card)
 
@@ -340,11 +346,13 @@ def test_two_processes_reach_the_loss_of_one(home, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     c, out = home.modules, {}
-    flags = ["--data", "demo", "--task", TASK, "--hub", c.hub, "--cache", c.cache, "--limit", "40", "--epochs", "2", "--quiet"]
+    flags = ["--data", "demo", "--task", TASK, "--hub", c.hub, "--cache", c.cache, "--limit", "40", "--epochs", "2"]
     for n in (1, 2):
         name, folder = f"processes{n}", tmp_path / str(n)
-        command = [sys.executable, str(ROOT / "train_module.py"), *flags, "--batch-size", "9", "--name", name, "--output", str(folder)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+        own = ["--batch-size", "9", "--name", name, "--output", str(folder), "--quiet"]
+        command = [sys.executable, str(ROOT / "train_module.py"), *flags, *own]
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+        env["OMP_NUM_THREADS"] = "1"
         processes = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(n)]
         assert [p.wait(timeout=300) for p in processes] == [0] * n
         out[n] = np.loadtxt(folder / "history.csv", delimiter=",", skiprows=1)[:, :4]
@@ -374,9 +382,10 @@ def test_a_run_folder_holds_what_its_metrics_say(home):
 
 def test_config_and_splits_of_a_run_repeat_it_bit_for_bit(home, tmp_path):
     old = home.root / "tuned"
-    argv = ["--config", str(old / "config.json"), "--output", str(tmp_path / "new"), "--split-file", str(old / "splits.json")]
+    new = tmp_path / "new"
+    argv = ["--config", str(old / "config.json"), "--output", str(new), "--split-file", str(old / "splits.json")]
     finetune.run(tm.parse(finetune.Config, finetune.__doc__, argv))
-    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
+    assert (new / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
 
 
 def test_a_finished_run_is_kept(home):
@@ -462,14 +471,17 @@ def test_a_log_label_is_scored_in_both_units_and_predicted_in_the_physical_one(h
     rows = list(csv.DictReader(open(tmp_path / "run" / "predictions_test.csv")))
     y, p = (np.array([float(r[k]) for r in rows]) for k in ("target", "prediction"))
     assert metrics["unit"] == "log(eV)" and metrics["test_mae"] == pytest.approx(np.abs(np.log(y / p)).mean())
-    assert metrics["test_physical"]["unit"] == "eV" and metrics["test_physical"]["mae"] == pytest.approx(np.abs(y - p).mean())
+    assert metrics["test_physical"]["unit"] == "eV"
+    assert metrics["test_physical"]["mae"] == pytest.approx(np.abs(y - p).mean())
 
     crystals, _, splits = tm.prepare(cfg, moma.preset("tiny"))
     write_structures(tmp_path / "new", crystals, splits["test"])
-    got = predict.run(predict.Config([str(tmp_path / "new")], str(tmp_path / "run"), str(tmp_path / "p.csv"), quiet=True))
-    found = table((tmp_path / "p.csv").read_text())
+    out = tmp_path / "p.csv"
+    got = predict.run(predict.Config([str(tmp_path / "new")], str(tmp_path / "run"), str(out), quiet=True))
+    found = table(out.read_text())
     assert got["exit_code"] == 0 and found.pop("id") == "prediction (eV)"
-    assert {k: float(v) for k, v in found.items()} == pytest.approx({r["id"]: float(r["prediction"]) for r in rows}, rel=1e-4)
+    expected = {r["id"]: float(r["prediction"]) for r in rows}
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_prediction_reports_what_it_could_not_do_and_what_it_should_not_be_trusted_on(home, tmp_path, capsys):
