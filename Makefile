@@ -82,6 +82,13 @@ demo: | $(VENV)/done
 
 demo-tasks: $(DEMO_TASKS:%=demo-task-%)
 
+# the same hub from a theta_0 that was hardly trained: its modules do not merge (design 8)
+demo-random: | $(VENV)/done
+	$(demo_make) HUB=$(DEMO)/hub-random backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 1 --limit 64 --lr 1e-9 --quiet"
+	$(demo_make) HUB=$(DEMO)/hub-random -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
+	for task in $(DEMO_TASKS); do for hub in hub hub-random; do echo "== $$task, $$hub"; \
+	    $(PY) compose.py --task $$task --data demo --hub $(DEMO)/$$hub --kind full --output $(DEMO)/$$hub-composed/$$task; done; done
+
 demo-task-%:
 	$(PY) benchmark.py --task $* --data demo --hub $(DEMO)/hub --output $(DEMO) --methods moma-full,moma-adapter,theta0,scratch --epochs 60 --quiet > /dev/null
 
@@ -100,15 +107,16 @@ results: results-hub
 
 results-hub: | $(VENV)/done
 	$(results_make) backbone PRETRAIN_ARGS="--epochs 6" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
-	$(results_make) -j2 hub KIND=full LIMIT=2500 EPOCHS=12
-	$(results_make) -j2 hub KIND=adapter LIMIT=2500 EPOCHS=12
+	$(results_make) -j2 hub KIND=full LIMIT=2000 EPOCHS=12
+	$(results_make) -j2 hub KIND=adapter LIMIT=2000 EPOCHS=12
 
 results-tasks: $(RESULTS_TASKS:%=results-task-%)
 
 results-task-%:
-	$(PY) benchmark.py --task $* --tasks $(TASKS) --splits $(SHARED)/splits --hub $(HUB) --output $(RESULTS) --epochs 20 > $(RESULTS)/$*.log
+	$(PY) benchmark.py --task $* --tasks $(TASKS) --splits $(SHARED)/splits --hub $(HUB) --output $(RESULTS) \
+	    --epochs $(if $(filter expt_bandgap,$*),12,20) --patience 8 --quiet > $(RESULTS)/$*.log
 
 clean:
 	rm -rf runs .cache .pytest_cache
 
-.PHONY: help setup test demo demo-tasks backbone hub compose finetune results results-hub results-tasks clean
+.PHONY: help setup test demo demo-random demo-tasks backbone hub compose finetune results results-hub results-tasks clean

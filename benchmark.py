@@ -74,7 +74,7 @@ def run(cfg):
     found = collect(Path(cfg.output))
     if not found:
         raise FileNotFoundError(f"{cfg.output}: no finished run; run the benchmark without --table first")
-    text = table(found) + "\n\n" + merges(Path(cfg.output))
+    text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(Path(cfg.output))}"
     tm.write_text(Path(cfg.output) / "table.md", text + "\n")
     print(text)
     return found
@@ -115,20 +115,22 @@ def collect(root):
     for method in METHODS:
         for path in sorted(root.glob(f"{method}/*/seed*/metrics.json")):
             task = path.parent.parent.name
-            found.setdefault(task, {}).setdefault(method, []).append(json.loads(path.read_text()))
+            metrics = json.loads(path.read_text())
+            metrics["train_rows"] = len(json.loads((path.parent / "splits.json").read_text())["train"])
+            found.setdefault(task, {}).setdefault(method, []).append(metrics)
     return found
 
 
 def table(found):
-    """Test MAE, mean and standard deviation over the seeds, as Markdown; the lowest of a row in bold."""
+    """Test MAE, mean ± standard deviation over the seeds, as Markdown; the lowest of a row in bold. minutes: all runs."""
     methods = [m for m in METHODS if any(m in runs for runs in found.values())]
     published = any(task in PUBLISHED for task in found)
-    head = ["task (unit)", "rows", *methods] + ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
+    head = ["test MAE (unit)", "rows, train / test", *methods, "minutes"] + ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for task, runs in sorted(found.items()):
         some = next(iter(runs.values()))[0]
         means = {m: np.mean([r["test_mae"] for r in runs[m]]) for m in runs}
-        cells = [f"{task} ({some['unit'] or '1'})", str(some.get("train_rows", "")) + f" / {some['test']['rows']}"]
+        cells = [f"{task} ({some['unit'] or '1'})", f"{some['train_rows']} / {some['test']['rows']}"]
         for m in methods:
             if m not in runs:
                 cells.append("")
@@ -137,6 +139,7 @@ def table(found):
             text = f"{means[m]:.4g} ± {np.std(errors, ddof=1) if len(errors) > 1 else 0:.2g}"
             text = f"**{text}**" if means[m] == min(means.values()) else text
             cells.append(text + ("" if len(errors) == max(map(len, runs.values())) else f" ({len(errors)} seeds)"))
+        cells.append(f"{sum(r['seconds'] for m in runs for r in runs[m]) / 60:.1f}")
         if published:
             cells.append(", ".join(f"{x:g}" for x in PUBLISHED.get(task, ())))
         lines.append("| " + " | ".join(cells) + " |")
@@ -144,10 +147,7 @@ def table(found):
 
 
 def merges(root):
-    """What each composition promised and what the merged module kept, mean over seeds; and the heat map of the weights.
-
-    All four errors are leave-one-out on the training rows, mean squared error over the variance of the labels.
-    """
+    """Leave-one-out errors on the training rows, mean squared error / variance of the labels, mean over the seeds."""
     lines = ["| task, kind | mixture | composed module | best module | theta_0 | merge gap | largest weights |", "|" + "---|" * 7]
     for kind in ("full", "adapter"):
         pictures = {}

@@ -36,7 +36,7 @@ import hub
 import model as moma
 
 WARMUP, COSINE = 5, 32  # epochs: lr rises from 0.1 during the first, falls to 0.1 until the second (B.2)
-LR = {"tiny": 2e-3, "small": 1e-3}  # small nets bear and need larger steps; the others take the paper's 5e-4
+LR = {("tiny", "full"): 2e-3, ("tiny", "adapter"): 2e-3, ("small", "adapter"): 2e-3}  # the others: the paper's 5e-4
 SAVE_SECONDS = 2  # last.pt is written after the epoch in which so much time has passed since the last writing
 EPOCH_SEED = 1_000_003  # everything random in an epoch follows from (seed, epoch), so a resumed run repeats it
 
@@ -67,7 +67,7 @@ class Config:
     epochs: int = 80  # B.2; below 32, warm-up (5) and cosine (to 32) shrink in proportion
     batch_size: int = 64  # B.2
     max_atoms: int = 2000  # never more atoms in a batch; 0: no limit
-    lr: float = 0.0  # 0: B.2's 5e-4, but tiny 2e-3, small 1e-3
+    lr: float = 0.0  # 0: B.2's 5e-4, but 2e-3 for tiny and for small's adapters
     weight_decay: float = 0.1
     ema: float = 0.99  # averaged weights are validated and kept; the average is shorter in the first 900 steps
     clip: float = 10.0  # norm of the gradient
@@ -389,7 +389,7 @@ def run(cfg):
     for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
         if wanted and wanted != arch[key]:
             raise ValueError(f"--{key} {wanted}: the backbone of {cfg.hub} is {arch[key]}; give another --hub")
-    cfg.lr = cfg.lr or LR.get(arch["preset"], 5e-4)
+    cfg.lr = cfg.lr or LR.get((arch["preset"], cfg.kind), 5e-4)
     folder = Path(cfg.output or Path(cfg.hub) / ".runs" / cfg.name)
     claim(folder, cfg, cfg.resume)
     crystals, dataset, splits = prepare(cfg, arch)
@@ -634,7 +634,7 @@ def main(run, Config, doc, argv=None):
     try:
         result = run(parse(Config, doc, argv))
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped; the same command with --resume goes on from the last full epoch", file=sys.stderr)
+        print(f"\n{script}: stopped; the same command with --resume goes on from the last saved epoch", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         print(f"{script}: the GPU is out of memory; lower --batch-size or --max-atoms", file=sys.stderr)

@@ -24,10 +24,10 @@ from conftest import make_crystals
 
 TASKS = ("oc20", "oc22", "ani1x", "transition1x")
 NARROW = dict(
-    num_blocks=2, num_radial=8, num_spherical=3, emb_size_atom=8, emb_size_edge=12, emb_size_trip_in=4, emb_size_trip_out=6,
-    emb_size_quad_in=3, emb_size_quad_out=5, emb_size_aint_in=4, emb_size_aint_out=7, emb_size_rbf=5, emb_size_cbf=3,
-    emb_size_sbf=4, num_before_skip=1, num_after_skip=2, num_concat=1, num_atom=2, num_output_afteratom=1,
-    num_atom_emb_layers=1, num_global_out_layers=1,
+    num_blocks=2, num_radial=8, num_spherical=3, emb_size_atom=8, emb_size_edge=12, emb_size_trip_in=4,
+    emb_size_trip_out=6, emb_size_quad_in=3, emb_size_quad_out=5, emb_size_aint_in=4, emb_size_aint_out=7,
+    emb_size_rbf=5, emb_size_cbf=3, emb_size_sbf=4, num_before_skip=1, num_after_skip=2, num_concat=1, num_atom=2,
+    num_output_afteratom=1, num_atom_emb_layers=1, num_global_out_layers=1,
 )  # fmt: skip
 RADIAL_COPIES = ("cbf_basis_qint.radial_basis", "sbf_basis_qint.radial_basis", "radial_basis_aeaint",
                  "cbf_basis_aeint.radial_basis", "cbf_basis_eaint.radial_basis", "radial_basis_aint",

@@ -79,7 +79,7 @@ def test_a_checkpoint_becomes_theta_0_with_its_averaged_weights(run, checkpoint,
     path = saved(tmp_path, checkpoint)
     code, out, err = run("import", path, "--name", "jmp-x")
     assert (code, err) == (0, "")
-    theta, card = tm.load_backbone(tmp_path / "hub")  # builds the architecture of the card, every name and shape must fit
+    theta, card = tm.load_backbone(tmp_path / "hub")  # every name and shape must fit the card's
     assert card["source"] == "jmp-x" and card["source_sha256"] == hub.sha256(path) and hub.sha256(path) in out
     named = dict(published.random_model(TINY | {"forces": True}).named_parameters())
     order = [n for n in named if n.startswith("backbone.")]
@@ -135,7 +135,7 @@ def test_half_precision_is_stored_as_single(run, checkpoint, tmp_path):
     ({"backbone.out_blocks.9.seq_energy_pre.0.linear.weight": torch.ones(1)}, "out_blocks.9.seq_energy_pre"),
     ({"a\nb": torch.ones(1)}, "1 unexpected: a?b"),
     ({DENSE: torch.full((12, 12), torch.nan)}, f"{DENSE!r} has 144 NaN"),
-    ({"backbone.int_blocks.0.atom_update.scale_sum.scale_factor": torch.tensor(torch.inf)}, "scale_factor' has 1 NaN or inf"),
+    ({"backbone.int_blocks.0.atom_update.scale_sum.scale_factor": torch.tensor(torch.inf)}, "scale_factor' has 1 NaN"),
     ({"output.module_dict.y.0.weight": torch.ones(8, 8)}, "with --released-moma"),
     ({k: torch.ones(1).expand(5) for k in ["x.y"]}, "unexpected: x.y"),
 ])  # fmt: skip
@@ -161,7 +161,8 @@ def test_a_copy_that_is_none_is_mentioned(run, checkpoint, tmp_path):
 
 def test_ema_that_does_not_fit_is_refused(run, checkpoint, tmp_path):
     ema = checkpoint["optimizer_states"][0]["ema"]
-    for other, said in [({"optimizer_states": []}, "no EMA"), ({"optimizer_states": [{"ema": ema[:-1]}]}, "EMA weights for"),
+    for other, said in [({"optimizer_states": []}, "no EMA"),
+                        ({"optimizer_states": [{"ema": ema[:-1]}]}, "EMA weights for"),
                         ({"optimizer_states": [{"ema": ema[1:] + ema[:1]}]}, "EMA weight 0 "),
                         ({"optimizer_states": [{"ema": dict(enumerate(ema))}]}, "EMA weight 0 ")]:  # fmt: skip
         err = refused(run, saved(tmp_path, checkpoint | other))
@@ -272,7 +273,8 @@ def test_the_released_modules_become_a_hub(run, modules, tmp_path):
         assert (card["property"], card["transform"], card["pooling"]) == (name, task.transform, "mean")
         assert card["unit"] == data.unit_of(task) and task.role == "hub"
         assert (card["normalizer_mean"], card["normalizer_std"]) == hub.MOMA[name]
-        assert card["license_weights"] == "CC BY-NC-SA 4.0" and card["source_sha256"] == hub.sha256(folder / f"{name}.pt")
+        assert card["license_weights"] == "CC BY-NC-SA 4.0"
+        assert card["source_sha256"] == hub.sha256(folder / f"{name}.pt")
         raw, _ = hub.rename_published(content["state_dict"])
         tensors = hub.load_tensors(tmp_path / "hub" / name.lower())
         assert tensors.keys() == moma.build_backbone(TINY).state_dict().keys()
@@ -293,7 +295,8 @@ def test_modules_and_their_theta_0_agree_in_either_order(run, modules, checkpoin
         cards = hub.list_modules(tmp_path / "hub")
         assert list(cards) == ["mp_eform", "n_seebeck"]
         hub.check_compatible(cards, tmp_path / "hub")
-        assert {c["backbone_sha256"] for c in cards.values()} == {hub.read_card(tmp_path / "hub/backbone")["tensors_sha256"]}
+        theta = hub.read_card(tmp_path / "hub/backbone")
+        assert {c["backbone_sha256"] for c in cards.values()} == {theta["tensors_sha256"]}
         assert hub.verify(tmp_path / "hub") == []
         (tmp_path / "hub").rename(tmp_path / f"hub{len(list(tmp_path.iterdir()))}")
 
@@ -338,7 +341,8 @@ def test_a_head_of_another_form_is_left_out_aloud(run, modules, tmp_path):
     torch.save({"state_dict": state}, folder / "mp_eform.pt")
     code, out, err = run("import", folder, "mp_eform", "--released-moma")
     assert code == 0 and "head has other layers" in err and "7 task head" in out
-    assert not (tmp_path / "hub/mp_eform/head.safetensors").exists() and hub.verify(tmp_path / "hub", ["mp_eform"])[1:] == []
+    assert not (tmp_path / "hub/mp_eform/head.safetensors").exists()
+    hub.check_compatible(hub.list_modules(tmp_path / "hub"), tmp_path / "hub")
 
 
 # ---------------------------------------------------------------------------------- sizes, structure and parity
