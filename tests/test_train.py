@@ -277,7 +277,7 @@ def test_modules_are_in_the_hub_with_their_cards(home):
     for card in cards.values():
         assert card["backbone_sha256"] == theta and card["rows_used"] == 40
         assert card["split"] == {"train": 28, "val": 6, "test": 6}
-        assert card["training"]["lr"] == tm.LR["tiny", "full"] and card["training"]["epochs_run"] == 3
+        assert card["training"]["lr"] == tm.LR["tiny", card["kind"]] and card["training"]["epochs_run"] == 3
         assert str(home.root) not in json.dumps(card)
 
 
