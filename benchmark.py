@@ -76,6 +76,7 @@ def run(cfg):
         raise FileNotFoundError(f"{cfg.output}: no finished run; run the benchmark without --table first")
     text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(Path(cfg.output))}"
     tm.write_text(Path(cfg.output) / "table.md", text + "\n")
+    tm.write_text(Path(cfg.output) / "runs.csv", runs_csv(found))
     print(text)
     return found
 
@@ -121,6 +122,13 @@ def collect(root):
     return found
 
 
+def runs_csv(found):
+    """One line a run."""
+    columns = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")
+    rows = [[t, m, i, *(r[c] for c in columns)] for t, ms in found.items() for m, rs in ms.items() for i, r in enumerate(rs)]
+    return tm.csv_text(["task", "method", "run", *columns], rows)
+
+
 def table(found):
     """Test MAE, mean ± standard deviation over the seeds, as Markdown; the lowest of a row in bold. minutes: all runs."""
     methods = [m for m in METHODS if any(m in runs for runs in found.values())]
@@ -148,14 +156,16 @@ def table(found):
 
 def merges(root):
     """Leave-one-out errors on the training rows, mean squared error / variance of the labels, mean over the seeds."""
-    lines = ["| task, kind | mixture | composed module | best module | theta_0 | merge gap | largest weights |", "|" + "---|" * 7]
+    head = ["task, kind", "mixture", "composed module", "best module", "theta_0", "merge gap", "largest weights"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for kind in ("full", "adapter"):
         pictures = {}
         for folder in sorted((root / "composed" / kind).glob("*")):
             results = [json.loads(p.read_text()) for p in sorted(folder.glob("seed*/composition.json"))]
             if not results:
                 continue
-            error = {k: np.mean([r["errors"][k] for r in results]) for k in ("mixture", "composed", "best_single", "theta_0")}
+            keys = ("mixture", "composed", "best_single", "theta_0")
+            error = {k: np.mean([r["errors"][k] for r in results]) for k in keys}
             weight = {g: float(np.mean([r["modules"][g]["weight"] for r in results])) for g in results[0]["modules"]}
             largest = sorted(weight.items(), key=lambda item: -item[1])[:3]
             cells = [f"{folder.name}, {kind}", *(f"{e:.3f}" for e in error.values())]
