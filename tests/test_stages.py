@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+import benchmark
 import compose
 import demo
 import finetune
@@ -72,3 +73,33 @@ def test_every_stage_repeats_itself_from_its_config_file(home, tmp_path):
     for name in ("backbone", "demo_gap-full"):
         old, new = (hub.read_card(h / name)["tensors_sha256"] for h in (root / "hub", tmp_path / "hub"))
         assert old == new
+
+
+def test_composition_prefers_the_module_that_shares_the_physics(tmp_path):
+    """The optical gap is the band gap less a binding energy; neither volume nor the Madelung energy says as much."""
+    shared = {"data": "demo", "hub": str(tmp_path / "hub"), "cache": str(tmp_path / "cache"), "quiet": True}
+    pretrain.run(pretrain.Config(**shared, sets="demo_forcefield", limit=300, epochs=2, preset="tiny"))
+    for task in ("demo_gap", "demo_volume", "demo_ewald"):
+        tm.run(tm.Config(**shared, task=task, limit=500, epochs=6))
+    found = compose.run(compose.Config(**shared, task="demo_optical_gap", bootstrap=0, output=str(tmp_path / "composed")))
+    weights = {name: module["weight"] for name, module in found["modules"].items()}
+    assert demo.RELATED["demo_optical_gap"] == ["demo_gap"]
+    assert weights["demo_gap"] > 0.5, weights
+
+
+def test_the_benchmark_runs_every_method_once_and_shows_a_table(home, tmp_path, capsys):
+    root, _ = home
+    argv = ["--task", "demo_optical_gap", "--data", "demo", "--limit", "40", "--hub", root / "hub", "--output", tmp_path]
+    argv += ["--seeds", "0,1", "--epochs", "2", "--quiet", "--methods", ",".join(benchmark.METHODS)]
+    assert call(benchmark, *argv) == 0
+    runs = sorted(tmp_path.glob("*/demo_optical_gap/seed*/metrics.json"))
+    assert len(runs) == 2 * len(benchmark.METHODS)
+    times = [p.stat().st_mtime_ns for p in runs]
+    text = (tmp_path / "table.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| demo_optical_gap (eV)"))
+    scratch = [json.loads((tmp_path / f"scratch/demo_optical_gap/seed{i}/metrics.json").read_text()) for i in (0, 1)]
+    assert f"{sum(m['test_mae'] for m in scratch) / 2:.4g} ±" in row and "| 28 / 6 |" in row
+    assert call(benchmark, "--table", "--output", tmp_path) == 0
+    assert capsys.readouterr().out.count("| demo_optical_gap (eV)") == 2
+    assert [p.stat().st_mtime_ns for p in runs] == times  # what is finished is not run again
+    assert call(benchmark, "--table", "--output", tmp_path / "nothing") == 2
