@@ -200,6 +200,8 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
         forces = "forces" if known["role"] == "pretrain" else ""
         return replace(Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **known), **overrides)
     tasks = read_tasks(tasks_file) if tasks_file else {}
+    if not name and not data:
+        raise ValueError("--task is missing: a name in the task table (data.TASKS) or in --tasks FILE")
     name = ALIASES.get(name, name) if name not in tasks else name
     name = {k.lower(): k for k in [*TASKS, *tasks]}.get(name.lower(), name)  # modules of a hub have lower-case names
     known = tasks.get(name) or TASKS.get(name)
@@ -743,8 +745,11 @@ def demo_rows(name):
 
 def csv_rows(path: Path):
     """targets.csv (id, file, target[, split], ...) or CGCNN's headerless id_prop.csv (id, target), beside the files."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        lines = [line for line in csv.reader(f) if any(cell.strip() for cell in line)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            lines = [line for line in csv.reader(f) if any(cell.strip() for cell in line)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as CSV in UTF-8 ({error}); save it again in that form") from None
     if path.name == "id_prop.csv":
         header = ["id", "target"]
     else:
@@ -1163,7 +1168,7 @@ class GraphConfig:
     max_neighbors_a2ee2a: int = 20
     max_neighbors_qint: int = 8
     max_neighbors_a2a: int = 1000
-    graph_rule: str = "symmetric"  # or "published": exactly k neighbours, and only the lower-numbered atom of a pair chooses
+    graph_rule: str = "symmetric"  # or "published": exactly k, and of a pair only the lower-numbered atom chooses
     a2ee2a: bool = True  # whether the model reads the graph at all
     qint: bool = True
     a2a: bool = True
@@ -1186,7 +1191,8 @@ def radius_graph(pos, cell, periodic, r):
         frac = pos @ inverse
         reach = r * inverse.norm(dim=0) + 1e-9  # r / height, height being the distance between opposite faces
         low, high = frac.amin(0) - reach, frac.amax(0) + reach  # where an image must lie to be near some atom
-        axes = [torch.arange(a, b + 1) for a, b in zip((low - frac.amax(0)).ceil().int(), (high - frac.amin(0)).floor().int())]
+        first, last = (low - frac.amax(0)).ceil().int(), (high - frac.amin(0)).floor().int()
+        axes = [torch.arange(a, b + 1) for a, b in zip(first, last)]
         offsets = torch.cartesian_prod(*axes)
     src, n = torch.arange(A).repeat_interleave(len(offsets)), offsets.repeat(A, 1)
     if periodic:
@@ -1200,7 +1206,7 @@ def radius_graph(pos, cell, periodic, r):
 
 
 def kth_distance(d, dst, order, first, count, k):
-    """Distance of the k-th nearest neighbour of every atom; inf where it has no more than k. order sorts by (dst, d)."""
+    """Distance of every atom's k-th nearest neighbour; inf where it has no more than k. order sorts by (dst, d)."""
     at = (first + k - 1).clamp(max=max(len(d) - 1, 0))
     return torch.where(count > k, d[order[at]] if len(d) else math.inf, math.inf)
 
@@ -1216,9 +1222,11 @@ def build_graphs(structures, graph):
     pos = torch.from_numpy(np.concatenate([p for _, p, *_ in structures]))
     cell = torch.from_numpy(np.stack([c for _, _, c, _ in structures]))
     pbc = [bool(p) for *_, p in structures]
-    radius = max([graph.cutoff] + [getattr(graph, f"cutoff_{g}") for g in ("a2ee2a", "qint", "a2a") if getattr(graph, g)])
+    others = [getattr(graph, f"cutoff_{g}") for g in ("a2ee2a", "qint", "a2a") if getattr(graph, g)]
+    radius = max([graph.cutoff, *others])
     first_atom = (torch.cumsum(num_atoms, 0) - num_atoms).tolist()
-    found = [radius_graph(pos[i : i + n], c, p, radius) for i, n, c, p in zip(first_atom, num_atoms.tolist(), cell, pbc)]
+    atoms = [pos[i : i + n] for i, n in zip(first_atom, num_atoms.tolist())]
+    found = [radius_graph(x, c, p, radius) for x, c, p in zip(atoms, cell, pbc)]
     src, dst, offset, d = (torch.cat(column) for column in zip(*found))
     edges = torch.tensor([len(f[0]) for f in found])
     structure = torch.repeat_interleave(torch.arange(len(found)), edges)
@@ -1350,7 +1358,8 @@ def tables(batch):
     def pad(values, table, fill):
         return torch.cat([values, values.new_tensor([fill])])[table]
 
-    shift = {name: (batch[f"{name}.offset"] * place).sum(1) for name in ("main", "a2ee2a", "qint") if f"{name}.src" in batch}
+    there = [name for name in ("main", "a2ee2a", "qint") if f"{name}.src" in batch]
+    shift = {name: (batch[f"{name}.offset"] * place).sum(1) for name in there}
     key = {name: batch[f"{name}.src"] * wide**3 + shift[name] for name in shift}
     main_key = pad(key["main"], main, -(wide**4))  # (A, K)
     main_real = main < len(key["main"])

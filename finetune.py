@@ -122,6 +122,8 @@ def scores(y, prediction, mean, unit):
 def run(cfg):
     """Fine-tune, write the run folder, return its metrics."""
     tm.start_processes(cfg)
+    if not cfg.task:
+        raise ValueError("--task is missing: a name in the task table (data.TASKS) or in --tasks FILE")
     cfg.name = cfg.name or cfg.task
     folder = Path(cfg.output or Path("runs") / cfg.name)
     if folder.name == hub.BACKBONE:

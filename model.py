@@ -4,7 +4,8 @@ The backbone contract
 ---------------------
 A backbone is an nn.Module made by `build_backbone(arch)`. Everything else in this project relies on this list only:
 
-    .arch             dict, JSON-able: every constructor argument and the graph settings; build_backbone(arch) rebuilds it
+    .arch             dict, JSON-able: every constructor argument and the graph settings; build_backbone(arch) repeats
+                      it. Adapters read its num_blocks (L - 1) and emb_size_atom (= adapter_width)
     .width            C, channels of the representation
     .adapter_width    channels of the per-block atom features that adapters read
     .num_features     L, how many of them an atom has (blocks + 1)
@@ -22,9 +23,9 @@ An edge is s -> t: the image of atom s displaced by n @ cell sends to t. An angl
 d -> b -> a <- c.
 
 Left out of GemNet-OC: learnable radial bases, scaled basis functions, dropout inside the blocks, forces coupled by
-symmetrisation. Triplets and quadruplets are never listed: every sum over them is a batched matrix product over the edges
-that share an atom (see `Bases`). Where that departs from the original: cos(theta) of a dihedral is the dot product of two
-unit normals, 0 when an angle is straight.
+symmetrisation. Triplets and quadruplets are never listed: every sum over them is a batched matrix product over the
+edges that share an atom (see `Bases`). Where that departs from the original: cos(theta) of a dihedral is the dot
+product of two unit normals, 0 when an angle is straight.
 """
 
 import math
@@ -35,7 +36,7 @@ from torch import nn
 
 from data import GraphConfig, edge_vectors
 
-# ---------------------------------------------------------------------------------------------------------------- leaves
+# --------------------------------------------------------------------------------------------------------------- leaves
 
 
 def act(x):
@@ -116,7 +117,7 @@ def sum_to(x, index, number):
     return x.new_zeros(number, *x.shape[1:]).index_add(0, index, x)
 
 
-# ----------------------------------------------------------------------------------------------------------------- bases
+# ---------------------------------------------------------------------------------------------------------------- bases
 
 
 class Gaussians(nn.Module):
@@ -255,7 +256,7 @@ class Bases(nn.Module):
             W = W.transpose(1, 2).reshape(A, W.shape[2], K2 * S)
             out["e2a"] = (self.mlp_rbf_eaint(rbf), torch.bmm(W, Y.reshape(A, K2 * S, K)))
 
-        if a["atom_interaction"]:  # images of one pair share the source's feature, so their radial values are added first
+        if a["atom_interaction"]:  # images of one pair share the source's feature: their radial values are added first
             d, _ = edge_vectors(g, "a2a", dtype)
             rad = self.mlp_rbf_aint(sum_to(self.radial_basis(d), g["a2a.pair"], len(g["a2a.pair_src"])))
             out["a2a"] = (gather(rad, g["a2a.table"]).transpose(1, 2), g["a2a.table_src"])  # (A, C, N), (A, N)
@@ -278,7 +279,7 @@ class Bases(nn.Module):
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------- interactions
+# --------------------------------------------------------------------------------------------------------- interactions
 
 
 class Bilinear(nn.Module):
@@ -505,7 +506,7 @@ class OutputBlock(AtomUpdate):
         return x_E, self.scale_rbf_F(x * self.dense_rbf_F(g["rad_out"]), x)
 
 
-# ------------------------------------------------------------------------------------------------------------- backbones
+# ------------------------------------------------------------------------------------------------------------ backbones
 
 
 class Backbone(nn.Module):
@@ -572,9 +573,9 @@ class GemNetOC(Backbone):
 
 
 class CGCNN(Backbone):
-    """Crystal graph convolutional network (Xie and Grossman 2018) behind the same contract: the worked example of a fork.
+    """Crystal graph convolutional network (Xie and Grossman 2018) behind the same contract: a fork's worked example.
 
-    h_i <- softplus(h_i + sum_j sigmoid(z_ij W_f + b_f) * softplus(z_ij W_s + b_s)),  z_ij = [h_i, h_j, gaussians(d_ij)],
+    h_i <- softplus(h_i + sum_j sigmoid(z_ij W_f + b_f) * softplus(z_ij W_s + b_s)), z_ij = [h_i, h_j, gaussians(d_ij)],
     with batch norm after each linear map and each sum. Departures: a learned embedding of the element instead of the
     92 tabulated features, and the head of this project, which reads atoms before pooling.
     """
@@ -614,7 +615,7 @@ class CGCNN(Backbone):
 
 BACKBONES = {"gemnet_oc": GemNetOC, "cgcnn": CGCNN}
 
-# ------------------------------------------------------------------------------------------- adapters, heads and pooling
+# --------------------------------------------------------------------------------------- adapters, heads and pooling
 
 
 class Adapters(nn.Module):
@@ -696,8 +697,8 @@ class PropertyModel(nn.Module):
 class PretrainModel(nn.Module):
     """JMP's pre-training model: an energy head and, where a set has forces, a force head for each data set.
 
-    model(batch, task) -> energy (B,), the sum over atoms, and forces (A, 3) or None; both normalised. Direct forces: the
-    force on atom t is the sum over main edges into t of scalar_e * V_e.
+    model(batch, task) -> energy (B,), the sum over atoms, and forces (A, 3) or None; both normalised. Direct forces:
+    the force on atom t is the sum over main edges into t of scalar_e * V_e.
     """
 
     def __init__(self, backbone, tasks):
@@ -715,7 +716,7 @@ class PretrainModel(nn.Module):
         return energy, sum_to(self.out_forces[task](x_F) * V, batch["main.dst"], len(x_E))
 
 
-# --------------------------------------------------------------------------------------------------------------- presets
+# -------------------------------------------------------------------------------------------------------------- presets
 
 GEMNET = dict(
     num_elements=120, num_radial=128, num_spherical=7, num_blocks=4, emb_size_atom=256, emb_size_edge=512,
@@ -745,7 +746,7 @@ CGCNN_DEFAULTS = dict(num_elements=120, num_radial=41, num_blocks=3, emb_size_at
 
 
 def preset(name, backbone="gemnet_oc", **overrides):
-    """Architecture and graph settings by name, a JSON-able dict. Overrides: any constructor argument, or graph={...}."""
+    """Architecture and graph settings by name, a JSON-able dict. Overrides: constructor arguments, or graph={...}."""
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: use one of {', '.join(PRESETS)}")
     if backbone not in BACKBONES:
@@ -782,7 +783,7 @@ def build_backbone(arch):
 def fit_scale_factors(backbone, batch):
     """Set every scale factor of a fresh GemNet-OC from one batch, in the order the layers run.
 
-    Each becomes sqrt(var(reference) / var(x)), or 1 / sqrt(var(x)) without a reference, so activations keep their variance.
+    Each becomes sqrt(var(reference) / var(x)), or 1 / sqrt(var(x)) without a reference; variances are kept.
     """
     factors = [module for module in backbone.modules() if isinstance(module, ScaleFactor)]
     for factor in factors:

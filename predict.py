@@ -95,6 +95,9 @@ def read(cfg, card, cache):
         except ValueError as error:  # nothing in this input can be used; the others are predicted
             skipped.append((path, str(error)))
     if not parts:
+        output = Path(cfg.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tm.write_skipped(output.with_name("skipped.csv"), skipped)
         raise ValueError(f"nothing could be read: {skipped[0][1]}")
     joined = {k: [x for p in parts for x in getattr(p, k)] for k in ("ids", "Z", "pos", "cell")}
     joined |= {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("pbc", "y", "row")}

@@ -103,7 +103,7 @@ def load_sets(cfg, graph, use_forces=True):
             raise ValueError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
         for first in (True, False):  # the first process fills the cache, the others find it filled
             if (tm.rank() == 0) == first:
-                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet)
+                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
                 crystals.forces = crystals.forces if use_forces else None
                 s = sets[task.name] = normalise(task.name, crystals, cfg)
                 s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=quiet)

@@ -372,7 +372,7 @@ def make_card(cfg, base, crystals, splits, result, mean, std, errors):
         "training": {k: getattr(cfg, k) for k in settings} | done, "val_mae": mae["val"], "test_mae": mae["test"],
         "mad": float(np.abs(y_test - mean).mean()),  # error of predicting the training mean
         "seconds": result["seconds"], "license_code": "MIT", "license_weights": base.get("license_weights"),
-        "hardware": hardware(cfg),
+        "license_data": task.license or None, "hardware": hardware(cfg),
     }  # fmt: skip
 
 
@@ -382,6 +382,9 @@ def run(cfg):
     cfg.name = cfg.name or data.get_task(cfg.task, cfg.tasks, cfg.data).name.lower()
     target = hub.module_dir(cfg.hub, cfg.name)
     if (target / "module.json").exists() and not cfg.overwrite:
+        kind = hub.read_card(target)["kind"]
+        if kind != cfg.kind:
+            raise ValueError(f"{target}: holds a module of kind {kind}, not {cfg.kind}; give another --name, or --overwrite")
         say(cfg, f"{target} exists; nothing to do (--overwrite trains it again)")
         return hub.read_card(target)
     backbone, base = load_backbone(cfg.hub)
@@ -592,6 +595,10 @@ def parse(Config, doc, argv=None):
     if getattr(given, "config", ""):
         p.set_defaults(**read_config(given.config, Config, hints))
         given = p.parse_args(argv)
+    for name, value in vars(given).items():
+        least = int(name == "batch_size")
+        if isinstance(value, int | float) and not value >= least:
+            raise ValueError(f"{flag(name)} {value}: must be {least} or more")
     return Config(**vars(given))
 
 
