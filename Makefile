@@ -6,7 +6,8 @@
 #   make hub                      every hub module, one target each (try -j2); KIND=adapter for adapter modules
 #   make compose TASK=dielectric  weights, report, composed module      make finetune TASK=dielectric
 #   make results                  the real run of the README: hub, adapters, comparison
-#   make clean                    remove runs, caches and the demo's hub (never hub/)
+#   make demo-random              the demo's hub from a random start, and its merge gaps
+#   make clean                    remove the demo's run and the caches
 #
 # DATA=demo, TASKS=file.json, HUB=, PRESET=, KIND=, LIMIT=rows, EPOCHS=, LAUNCH="torchrun --nproc-per-node 2", ARGS="--any --flag"
 
@@ -24,7 +25,7 @@ epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
 suffix  = $(if $(filter adapter,$(KIND)),-adapter)
 
 help:
-	@sed -n '3,12s/^# \{0,2\}//p' Makefile
+	@sed -n '3,14s/^# \{0,2\}//p' Makefile
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -46,7 +47,8 @@ HUB_TASKS ?= mp_eform mp_bandgap mp_gvrh mp_kvrh n_e_cond p_e_cond n_th_cond p_t
              jarvis_gvrh jarvis_kvrh
 
 $(HUB)/backbone/module.json: | $(VENV)/done
-	$(LAUNCH) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) $(PRETRAIN_ARGS)
+	$(LAUNCH) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) \
+	    $(if $(TASKS),--tasks $(TASKS)) $(PRETRAIN_ARGS)
 
 backbone: $(HUB)/backbone/module.json
 
@@ -117,6 +119,6 @@ results-task-%:
 	    --epochs $(if $(filter expt_bandgap,$*),12,20) --patience 8 --quiet > $(RESULTS)/$*.log
 
 clean:
-	rm -rf runs .cache .pytest_cache
+	rm -rf $(DEMO) .cache .pytest_cache
 
 .PHONY: help setup test demo demo-random demo-tasks backbone hub compose finetune results results-hub results-tasks clean

@@ -10,7 +10,7 @@ stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), theta0 (
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +67,8 @@ def run(cfg):
         if method not in METHODS:
             raise ValueError(f"--methods {method}: use {', '.join(METHODS)}")
     if not cfg.table:
+        Path(cfg.output).mkdir(parents=True, exist_ok=True)
+        tm.write_text(Path(cfg.output) / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
         for task in cfg.task.split(","):
             for seed in map(int, cfg.seeds.split(",")):
                 for method in methods:

@@ -25,7 +25,6 @@ import model as moma
 import train_module as tm
 
 LR = {"tiny": 1e-3, "small": 1e-3}  # small nets bear and need larger steps; the others take the paper's 8e-5
-INTERACTIONS = ("int_blocks.", "fc_full.", "bn1.", "bn2.")  # parameter names, GemNet-OC and CGCNN
 
 
 @dataclass
@@ -107,7 +106,7 @@ def freeze(backbone, adapters, how):
             raise ValueError("--freeze interactions: adapter modules never train them; use none, head or new-head")
     if how == "interactions":
         for name, p in backbone.named_parameters():
-            p.requires_grad_(p.requires_grad and not name.startswith(INTERACTIONS))
+            p.requires_grad_(p.requires_grad and not name.startswith(backbone.interactions))
 
 
 def scores(y, prediction, mean, unit):

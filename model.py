@@ -16,7 +16,8 @@ A backbone is an nn.Module made by `build_backbone(arch)`. Everything else in th
     edge_features(batch) -> ((A, C), (E, C_edge))        only backbones that can be pre-trained on forces
 
 `batch` is what `data.collate` returns: Z (A,), pos (A, 3) in angstrom, cell (B, 3, 3), batch (A,), num_atoms (B,), the
-edges of up to four graphs and their per-atom tables. A fork adds one class and one line in BACKBONES.
+edges of up to four graphs and their per-atom tables. A fork adds one class, its name in BACKBONES and its presets in
+PRESETS.
 
 Shapes: B crystals, A atoms, E main edges, Q qint edges, K edges of one atom (padded), R radial and S angular functions.
 An edge is s -> t: the image of atom s displaced by n @ cell sends to t. An angle is written c -> a <- b, a dihedral
@@ -512,6 +513,8 @@ class OutputBlock(AtomUpdate):
 class Backbone(nn.Module):
     """What both backbones share; see the contract above."""
 
+    interactions = ()  # what the names of the interaction blocks' parameters start with (finetune.py --freeze)
+
     def forward(self, batch, adapters=None):
         return self.readout(self.atom_features(batch), adapters)
 
@@ -521,6 +524,8 @@ class Backbone(nn.Module):
 
 class GemNetOC(Backbone):
     """GemNet-OC. The parameters' names are those of the published checkpoints without `backbone.`."""
+
+    interactions = ("int_blocks.",)
 
     def __init__(self, arch):
         super().__init__()
@@ -580,6 +585,8 @@ class CGCNN(Backbone):
     92 tabulated features, and the head of this project, which reads atoms before pooling.
     """
 
+    interactions = ("fc_full.", "bn1.", "bn2.")
+
     def __init__(self, arch):
         super().__init__()
         a = self.arch = arch
@@ -623,10 +630,7 @@ class Adapters(nn.Module):
 
     def __init__(self, arch, dropout=0.1):
         super().__init__()
-        backbone = BACKBONES[arch["backbone"]]
-        C = arch["emb_size_atom"]
-        L = arch["num_blocks"] + 1
-        assert issubclass(backbone, Backbone)
+        C, L = arch["emb_size_atom"], arch["num_blocks"] + 1
         self.norm = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.down = nn.ModuleList(nn.Linear(C, C // 2) for _ in range(L))
         self.up = nn.ModuleList(nn.Linear(C // 2, C) for _ in range(L))
@@ -736,33 +740,31 @@ SMALL = dict(
 )  # fmt: skip
 TINY = SMALL | dict(num_radial=16, num_spherical=4, num_blocks=1, emb_size_atom=32, emb_size_edge=24,
                     emb_size_aint_in=16, emb_size_aint_out=16, emb_size_rbf=8)  # fmt: skip
-PRESETS = {
-    "tiny": (TINY, dict(cutoff=6.0, max_neighbors=8, max_neighbors_a2ee2a=8, max_neighbors_qint=4)),
-    "small": (SMALL, dict(cutoff=6.0, max_neighbors=12, max_neighbors_a2ee2a=12, max_neighbors_qint=6)),
-    "base": ({}, {}),  # JMP-S
-    "large": (JMP_L, {}),  # JMP-L
+GEMNET_PRESETS = {  # constructor arguments, graph settings
+    "tiny": (GEMNET | TINY, dict(cutoff=6.0, max_neighbors=8, max_neighbors_a2ee2a=8, max_neighbors_qint=4)),
+    "small": (GEMNET | SMALL, dict(cutoff=6.0, max_neighbors=12, max_neighbors_a2ee2a=12, max_neighbors_qint=6)),
+    "base": (GEMNET, {}),  # JMP-S
+    "large": (GEMNET | JMP_L, {}),  # JMP-L
 }
-CGCNN_DEFAULTS = dict(num_elements=120, num_radial=41, num_blocks=3, emb_size_atom=64, rbf_cutoff=8.0)
+CGCNN_FULL = dict(num_elements=120, num_radial=41, num_blocks=3, emb_size_atom=64, rbf_cutoff=8.0)
+CGCNN_GRAPH = dict(cutoff=8.0, max_neighbors=12)
+CGCNN_PRESETS = {name: (CGCNN_FULL, CGCNN_GRAPH) for name in ("small", "base", "large")}
+CGCNN_PRESETS["tiny"] = (CGCNN_FULL | dict(emb_size_atom=32, num_blocks=2), CGCNN_GRAPH)
+PRESETS = {"gemnet_oc": GEMNET_PRESETS, "cgcnn": CGCNN_PRESETS}
 
 
 def preset(name, backbone="gemnet_oc", **overrides):
     """Architecture and graph settings by name, a JSON-able dict. Overrides: constructor arguments, or graph={...}."""
-    if name not in PRESETS:
-        raise ValueError(f"--preset {name}: use one of {', '.join(PRESETS)}")
     if backbone not in BACKBONES:
         raise ValueError(f"--backbone {backbone}: use one of {', '.join(BACKBONES)}")
+    if name not in PRESETS[backbone]:
+        raise ValueError(f"--preset {name}: use one of {', '.join(PRESETS[backbone])}")
+    arch, graph = PRESETS[backbone][name]
     graph_overrides = overrides.pop("graph", {})
-    if backbone == "cgcnn":
-        arch, graph = dict(CGCNN_DEFAULTS), dict(cutoff=8.0, max_neighbors=12)
-        if name == "tiny":
-            arch |= dict(emb_size_atom=32, num_blocks=2)
-    else:
-        changes, graph = PRESETS[name]
-        arch = GEMNET | changes
     unknown = set(overrides) - set(arch)
     if unknown:
         raise ValueError(f"{backbone} has no setting {', '.join(sorted(unknown))}; it has {', '.join(arch)}")
-    arch |= overrides
+    arch = arch | overrides
     cutoff = graph.get("cutoff", 12.0)
     graph = dict(graph)
     for key in ("cutoff_a2ee2a", "cutoff_qint", "cutoff_a2a"):

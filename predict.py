@@ -3,13 +3,15 @@
     python predict.py --model runs/dielectric my_crystals/ more.cif
 
 Inputs: folders of CIF, POSCAR or JSON files, single files, tables (json.gz), extxyz; no label is needed. Writes a CSV
-of id and prediction in the physical unit, and skipped.csv beside it. Exit code 1: something could not be predicted.
+of id and prediction in the physical unit, with skipped.csv and the settings beside it. Exit code 1: something could not
+be predicted.
 """
 
+import json
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -133,6 +135,8 @@ def run(cfg):
     rows = [(i, value) for i, value, good in zip(crystals.ids, y.tolist(), finite) if good]
     tm.write_text(output, tm.csv_text(["id", f"prediction ({unit})" if unit else "prediction"], rows))
     tm.write_skipped(output.with_name("skipped.csv"), skipped)
+    settings = {k: v for k, v in asdict(cfg).items() if k != "inputs"}
+    tm.write_text(output.with_suffix(".config.json"), json.dumps(settings, indent=2) + "\n")
     tm.say(cfg, f"{output}: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
     if skipped:
         where = output.with_name("skipped.csv")
