@@ -71,7 +71,7 @@ DEMO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 demo_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(DEMO)/hub PRESET=tiny DATA=demo HUB_TASKS="$(DEMO_HUB)"
 
 demo: | $(VENV)/done
-	$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 6 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
+	$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 14 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
 	$(demo_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
 	$(demo_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
 	$(PY) hub.py list --hub $(DEMO)/hub
