@@ -25,8 +25,8 @@ d -> b -> a <- c.
 
 Left out of GemNet-OC: learnable radial bases, scaled basis functions, dropout inside the blocks, forces coupled by
 symmetrisation. Triplets and quadruplets are never listed: every sum over them is a batched matrix product over the
-edges that share an atom (see `Bases`). Where that departs from the original: cos(theta) of a dihedral is the dot
-product of two unit normals, 0 when an angle is straight.
+edges that share an atom (see `Bases`). Where that departs from the original: cos(theta) of a dihedral is computed
+directly from two normals, without atan2 (see `cos_dihedral`).
 """
 
 import math
@@ -146,14 +146,17 @@ def legendre(z, S, dim):
     return torch.stack([math.sqrt((2 * l + 1) / (4 * math.pi)) * P[l] for l in range(S)], dim=dim)
 
 
-def unit_normal(u):
-    """u / |u|, and 0 (with gradient 0) where u is the cross product of two (nearly) parallel unit vectors.
+def cos_dihedral(u, w):
+    """cos(theta) = u.w / max(|u||w|, eps) of normals u (Q, Kc, 3) and w (Q, Kd, 3) -> (Q, Kc, Kd).
 
-    Below eps the direction of u is rounding noise. The published clamp is 1e-9; in float32 noise is 1e-6.
+    A normal vanishes where an angle is straight; its direction is then rounding noise, and the gradient is 0. In float64
+    the value is the published one, whose clamp is 1e-9; in float32 noise is larger and the value is 0.
     """
-    eps = 1e-9 if u.dtype == torch.float64 else 1e-4
-    length = (u.square().sum(-1, keepdim=True) + 1e-30).sqrt()  # 1e-30: a finite gradient at 0
-    return torch.where(length > eps, u / length.clamp(min=eps), 0)
+    exact = u.dtype == torch.float64
+    eps = 1e-9 if exact else 1e-5
+    length = lambda x: (x.square().sum(-1) + 1e-30).sqrt()  # noqa: E731; 1e-30: a finite gradient at 0
+    dot, product = u @ w.transpose(1, 2), length(u)[:, :, None] * length(w)[:, None, :]
+    return torch.where(product > eps, dot / product.clamp(min=eps), dot.detach() / eps if exact else 0)
 
 
 class AngularWeights(nn.Module):
@@ -267,9 +270,9 @@ class Bases(nn.Module):
             src, dst = g["qint.src"], g["qint.dst"]
             Q = len(src)
             V_ca, V_db = V_in.index_select(0, dst), V_in.index_select(0, src)  # (Q, K, 3) both
-            u = unit_normal(torch.linalg.cross(V_ca, Vq[:, None].expand_as(V_ca)))
-            w = unit_normal(torch.linalg.cross(V_db, Vq[:, None].expand_as(V_db)))
-            Y_theta = legendre(u @ w.transpose(1, 2), S, 2) * g["quad.mask"][:, :, None, :]  # (Q, Kc, S, Kd)
+            u = torch.linalg.cross(V_ca, Vq[:, None].expand_as(V_ca))
+            w = torch.linalg.cross(V_db, Vq[:, None].expand_as(V_db))
+            Y_theta = legendre(cos_dihedral(u, w), S, 2) * g["quad.mask"][:, :, None, :]  # (Q, Kc, S, Kd)
             cos_cab = gather((V_ca * Vq[:, None]).sum(-1), g["qint.table"]).transpose(1, 2)  # (A, K, KQ)
             Y_phi = legendre(cos_cab, S, 2) * g["qint.mask"][:, :, None, :]  # (A, Kc, S, KQ)
             rbf_q = self.radial_basis(dq)
