@@ -508,20 +508,15 @@ def run_several(cfg):
 
 def downstream_tasks(cfg):
     """Downstream tasks whose data are here, and those whose are not."""
-    table, here, left_out = data.read_tasks(cfg.tasks) if cfg.tasks else data.TASKS, [], []
-    if cfg.data == "demo":
-        import demo
-
-        table = demo.TASKS
-    for task in [data.get_task(name, cfg.tasks, cfg.data) for name in table]:
-        if task.role == "downstream":
-            try:
-                if cfg.data != "demo":
-                    data.find_source(task)
-                here.append(task.name)
-            except FileNotFoundError as error:
-                left_out.append(task.name)
-                tm.say(cfg, f"{task.name} left out: {error}")
+    here, left_out = [], []
+    for name in data.task_names("downstream", cfg.tasks, cfg.data):
+        try:
+            if cfg.data != "demo":
+                data.find_source(data.get_task(name, cfg.tasks, cfg.data))
+            here.append(name)
+        except FileNotFoundError as error:
+            left_out.append(name)
+            tm.say(cfg, f"{name} left out: {error}")
     if not here:
         raise FileNotFoundError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
     return here, left_out

@@ -133,11 +133,6 @@ def make(name, n=0):
     )
 
 
-def pretrain_set(name="demo_forcefield", n=0):
-    """Total energies (eV) and forces (eV/A) of a pair potential: `demo_forcefield` (periodic) or `demo_clusters`."""
-    return make(name, n)
-
-
 def _task(unit, role, note, n=1000, pooling="mean", anions="F Cl Br I O S Se Te N P As"):
     return dict(unit=unit, pooling=pooling, role=role, n=n, anions=anions, note=note)
 
