@@ -435,6 +435,8 @@ def claim(folder, cfg, resume=False):
     except BlockingIOError:
         raise ValueError(f"{folder}: another run is writing here; wait for it or give another --output") from None
     LOCKS[folder.resolve()] = lock  # held until the process ends
+    for left in folder.glob("*.tmp"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     path, last = folder / "config.json", folder / "last.pt"
     if getattr(cfg, "overwrite", False) and not resume:
         for old in (last, folder / "metrics.json", folder / "module.json"):
@@ -450,8 +452,9 @@ def claim(folder, cfg, resume=False):
 
 
 def write_atomic(path, write):
-    """write(file) into a temporary sibling, then rename: a killed run leaves the old file or the new one."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    """write(file) into a temporary sibling, then rename: a killed run leaves the old file or the new one, and of two
+    processes that write one file (benchmarks side by side) the later wins."""
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as f:
         write(f)
     os.replace(temporary, path)

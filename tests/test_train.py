@@ -236,6 +236,22 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
     assert result.returncode and "another run is writing here" in result.stderr
 
 
+def test_two_processes_may_write_one_file_and_leave_nothing_else(tmp_path):
+    """Two benchmarks side by side share the tables of their folder; claiming a folder clears what a kill left."""
+    other = f"import train_module as tm; tm.write_text({str(tmp_path / 'table.md')!r}, 'theirs')"
+
+    def write(f):
+        f.write(b"mine")
+        subprocess.run([sys.executable, "-c", other], cwd=ROOT, check=True)
+        assert (tmp_path / "table.md").read_text() == "theirs"
+
+    tm.write_atomic(tmp_path / "table.md", write)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"table.md": "mine"}
+    (tmp_path / "last.pt.1.tmp").write_text("half")
+    tm.claim(tmp_path, Settings())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
     tm.claim(tmp_path, Settings())
     (tmp_path / "last.pt").touch()
