@@ -261,12 +261,12 @@ def lr_factor(progress, warmup):
 
 
 def train_step(net, ema, optimizer, batch, sets, cfg, lr):
-    """One step by the recipe; returns the loss."""
+    """One step by the recipe; returns (loss, norm of the gradient) for tm.read_loss."""
     params, s = list(net.parameters()), sets[batch["task"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss = torch.zeros(())
+    loss = params[0].new_zeros(())
     if batch["share"]:
         batch = data.to_device(batch, params[0].device)
         with tm.autocast(cfg, params[0].device):
@@ -275,17 +275,13 @@ def train_step(net, ema, optimizer, batch, sets, cfg, lr):
         loss.backward()
     tm.reduce_gradients(params)
     divide_shared_gradients(net.backbone)
-    norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
-    loss = tm.all_sum(loss.item())
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ", ".join(s.crystals.ids[i] for i in batch["index"].tolist()) if batch["share"] else "another process"
-        raise ValueError(f"{s.name}: the loss is not finite for the batch of {ids}; look at these or lower --lr")
+    result = torch.stack([loss.detach(), torch.nn.utils.clip_grad_norm_(params, cfg.clip)])
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - cfg.ema)
         for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
-    return loss
+    return result
 
 
 def divide_shared_gradients(backbone):
@@ -378,6 +374,7 @@ def fit(parts, sets, state, cfg, folder, until):
     """Train parts["net"] from `state` to the last epoch or the time `until`. Returns whether time was up, and the errors."""
     stop, errors, clock = False, None, time.monotonic()
     net, ema, optimizer = parts.values()
+    waiting = None
 
     def save():
         nonlocal clock
@@ -394,11 +391,19 @@ def fit(parts, sets, state, cfg, folder, until):
         for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=tm.silent(cfg)):
             lr = cfg.lr * lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
             torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * tm.world() + tm.rank())  # a fork may have dropout
-            state["losses"].append(train_step(net, ema, optimizer, batch, sets, cfg, lr))
+            result = train_step(net, ema, optimizer, batch, sets, cfg, lr)
+            if waiting:
+                state["losses"].append(tm.read_loss(*waiting))
+            waiting = result, batch if batch["share"] else None, batch["task"], sets[batch["task"]].crystals.ids
             state["step"] += 1
             state["done"] += 1
             stop = cfg.time_limit > 0 and tm.all_sum(float(time.monotonic() > until)) > 0
-            if state["done"] == len(plan):  # a full epoch, also when time is up
+            full = state["done"] == len(plan)
+            saving = full or stop or time.monotonic() - clock > 60 * cfg.save_minutes
+            if saving:
+                state["losses"].append(tm.read_loss(*waiting))
+                waiting = None
+            if full:  # also when time is up
                 errors = validate(ema, sets, cfg)
                 row = [state["epoch"] + 1, state["step"], float(np.mean(state["losses"])), lr]
                 row += [*(e for pair in errors.values() for e in pair), round(state["seconds"] + time.monotonic() - clock, 1)]
@@ -406,7 +411,7 @@ def fit(parts, sets, state, cfg, folder, until):
                 if tm.rank() == 0:
                     tm.write_text(folder / "history.csv", history_csv(sets, state["history"]))
                 tm.say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
-            if state["done"] == 0 or stop or time.monotonic() - clock > 60 * cfg.save_minutes:
+            if saving:
                 save()
             if stop:
                 break

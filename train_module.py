@@ -112,7 +112,7 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
 
     written = time.monotonic()
     while state["epoch"] < cfg.epochs and not (cfg.patience and state["epoch"] - state["best_epoch"] >= cfg.patience):
-        start, epoch, losses = time.monotonic(), state["epoch"], []
+        start, epoch, losses, waiting = time.monotonic(), state["epoch"], [], None
         torch.manual_seed((cfg.seed * EPOCH_SEED + epoch) * world() + rank())  # dropout
         for part in model.modules():
             part.training = part not in still  # what is frozen stays in evaluation mode: its features are constants
@@ -121,11 +121,15 @@ def fit(model, batches, cfg, folder, mean, std, unit=""):
             lr = cfg.lr * state["plateau"] * lr_factor(epoch + i / len(train), cfg.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses.append(train_step(model, params, batch, cfg, mean, std, f"epoch {epoch + 1}", batches.get("ids")))
+            result = train_step(model, params, batch, cfg, mean, std)
             optimizer.step()
             state["step"] += 1
             decay = min(cfg.ema, (1 + state["step"]) / (10 + state["step"]))  # a task of 70 crystals has few steps
             torch._foreach_lerp_([ema[k] for k in averaged], [live[k] for k in averaged], 1 - decay)
+            if waiting:
+                losses.append(read_loss(*waiting))
+            waiting = result, batch, f"epoch {epoch + 1}", batches.get("ids")
+        losses.append(read_loss(*waiting))
         for b in buffers:  # batch norm: every process goes on with those of the first
             if world() > 1:
                 dist.broadcast(b, 0)
@@ -179,8 +183,8 @@ def reduce_on_plateau(state, val, epochs, patience=5, factor=0.1):
         state["plateau"], state["plateau_bad"] = state["plateau"] * factor, 0
 
 
-def train_step(model, params, batch, cfg, mean, std, where="", ids=None):
-    """Gradient of the batch's L1 loss (normalised), clipped. Returns the loss, over all processes."""
+def train_step(model, params, batch, cfg, mean, std):
+    """Gradient of the batch's L1 loss (normalised), clipped. Returns (loss, norm of the gradient) for `read_loss`."""
     for p in params:
         p.grad = None
     total, count = params[0].new_zeros(()), 0
@@ -194,11 +198,16 @@ def train_step(model, params, batch, cfg, mean, std, where="", ids=None):
     if batch is not None:
         loss.backward()
     reduce_gradients(params)
-    norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
-    loss = all_sum(loss.item())
+    return torch.stack([loss.detach(), torch.nn.utils.clip_grad_norm_(params, cfg.clip)])
+
+
+def read_loss(result, batch, where, ids=None):
+    """The loss of a step, over all processes. Asked for one step later, so that a GPU never waits to be read."""
+    loss, norm = result.tolist()
+    loss = all_sum(loss)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         index = [] if batch is None else batch["index"].tolist()
-        names = ", ".join(str(ids[i]) if ids else f"number {i}" for i in index)
+        names = ", ".join(str(ids[i]) if ids else f"number {i}" for i in index) or "another process"
         raise ValueError(f"{where}: the loss is not finite for the batch of {names}; look at these or lower --lr")
     return loss
 
@@ -418,7 +427,8 @@ def run(cfg):
 
 HISTORY = ["epoch", "train_loss", "val_mae", "lr", "seconds"]
 LOCKS = {}  # {folder: open lock file} of this process
-FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "time_limit", "save_minutes"}  # may change
+# may change when a run is resumed
+FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "time_limit", "save_minutes"}
 
 
 def claim(folder, cfg, resume=False):
