@@ -34,6 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data import GraphConfig, edge_vectors
 
@@ -42,7 +43,7 @@ from data import GraphConfig, edge_vectors
 
 def act(x):
     """Scaled SiLU."""
-    return F.silu(x) * (1 / 0.6)
+    return F.silu(x).mul_(1 / 0.6)
 
 
 def he_orthogonal_(weight, fan_in, axis):
@@ -75,7 +76,7 @@ class Residual(nn.Module):
         self.dense_mlp = nn.Sequential(Dense(n, n), Dense(n, n))
 
     def forward(self, x):
-        return (x + self.dense_mlp(x)) * 0.5**0.5
+        return (x + self.dense_mlp(x)).mul_(0.5**0.5)
 
 
 def residuals(number, n):
@@ -107,6 +108,29 @@ class ScaleFactor(nn.Module):
         return x if self.unset else x * self.scale_factor
 
 
+class Recompute(torch.autograd.Function):
+    """f(*inputs) without keeping f's inner arrays: the backward pass computes them again. For cheap products of large
+    arrays; parameters that f uses must be inputs."""
+
+    @staticmethod
+    def forward(ctx, f, *inputs):
+        device = inputs[0].device.type
+        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.f = f
+        ctx.save_for_backward(*inputs)
+        return f(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        again = torch.is_grad_enabled()  # a gradient of this gradient is wanted, so the inputs keep their history
+        with torch.enable_grad(), ctx.autocast:
+            own = [x.view_as(x) if again else x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+            y = ctx.f(*own)
+        grads = torch.autograd.grad(y, [x for x in own if x.requires_grad], grad, create_graph=again)
+        grads = iter(grads)
+        return None, *(next(grads) if x.requires_grad else None for x in own)
+
+
 def gather(x, table):
     """Rows of x named by an index table whose padding is len(x): zeros there. (E, C), (A, K) -> (A, K, C)."""
     padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
@@ -114,7 +138,8 @@ def gather(x, table):
 
 
 def sum_to(x, index, number):
-    """Sum of rows by index: (E, C) -> (number, C)."""
+    """Sum of rows by index, in float32 or better: (E, C) -> (number, C)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.new_zeros(number, *x.shape[1:]).index_add(0, index, x)
 
 
@@ -138,18 +163,23 @@ class Gaussians(nn.Module):
 
 
 def legendre(z, S, dim):
-    """Y_l(z) = sqrt((2l + 1) / 4 pi) P_l(z) for l = 0..S-1, stacked along a new axis `dim`."""
+    """Y_l(z) = sqrt((2l + 1) / 4 pi) P_l(z) for l = 0..S-1, stacked along a new axis `dim`.
+
+    From (l + 1) P_{l+1} = (2l + 1) z P_l - l P_{l-1}, with the factors of the Y_l worked in.
+    """
     z = z.clamp(-1, 1)
-    P = [torch.ones_like(z), z]
+    norm = [math.sqrt((2 * l + 1) / (4 * math.pi)) for l in range(S + 1)]
+    Y = [torch.full_like(z, norm[0]), norm[1] * z]
     for l in range(1, S - 1):
-        P.append(((2 * l + 1) * z * P[l] - l * P[l - 1]) / (l + 1))
-    return torch.stack([math.sqrt((2 * l + 1) / (4 * math.pi)) * P[l] for l in range(S)], dim=dim)
+        a, b = (2 * l + 1) / (l + 1) * norm[l + 1] / norm[l], l / (l + 1) * norm[l + 1] / norm[l - 1]
+        Y.append((z * Y[l]).mul_(a).sub_(Y[l - 1], alpha=b))
+    return torch.stack(Y[:S], dim=dim)
 
 
 def cos_dihedral(u, w):
     """cos(theta) = u.w / max(|u||w|, eps) of normals u (Q, Kc, 3) and w (Q, Kd, 3) -> (Q, Kc, Kd).
 
-    A normal vanishes where an angle is straight; its direction is then rounding noise, and the gradient is 0. In float64
+    A normal vanishes where an angle is straight; its direction is then rounding noise, and the gradient 0. In float64
     the value is the published one, whose clamp is 1e-9; in float32 noise is larger and the value is 0.
     """
     exact = u.dtype == torch.float64
@@ -190,13 +220,14 @@ class EdgeEmbedding(nn.Module):
 class Bases(nn.Module):
     """Everything that depends on geometry only, shared by all blocks, and its shared down-projections.
 
-    No triplet is listed. The edges into one atom are padded to K, and for output edge i = (c -> a) and input edge
-    j = (b -> a) the sum over triplets is a product of (K S, K) with (K, n) matrices, one pair for each atom:
+    No triplet is listed. The bilinear layer of an output edge i = (c -> a) sums over its triplets, j = (b -> a),
 
-        M[i, s, :] = sum_j Y_s(cos angle_ij) x_j
+        B vec( sum_j [sum_s W_i[:, s] Y_s(cos angle_ij)] x_j^T )  =  B vec( W_i M_i ),   M_i = sum_j Y(cos angle_ij) x_j^T
 
-    The quadruplet basis is an outer product Y_l(cos phi_cab) Y_m(cos theta_cabd), so the sum over d is done first, for
-    each qint edge b -> a, and the sum over b after it. Excluded pairs are zeros in Y.
+    and W_i (C, S), which depends on the length of i, is the same for all j: so M_i (S, n) comes first. With the edges
+    into an atom padded to K, the M_i of an atom are one product of (K S, K) with (K, n) matrices; excluded pairs are
+    zeros in Y. The quadruplet basis is an outer product, Y_l(cos phi_cab) Y_m(cos theta_cabd), so its sum takes two
+    steps: over d, for each qint edge b -> a, and then over b.
     """
 
     def __init__(self, a):
@@ -240,7 +271,7 @@ class Bases(nn.Module):
         out |= {"rad_h": self.mlp_rbf_h(rbf), "rad_out": self.mlp_rbf_out(rbf)}
 
         if a["trip_interaction"]:  # c -> a <- b, both main
-            Y = legendre(V_in @ V_in.transpose(1, 2), S, 2) * g["e2e.mask"][:, :, None, :]  # (A, K, S, K)
+            Y = legendre(V_in @ V_in.transpose(1, 2), S, 2).mul_(g["e2e.mask"][:, :, None, :])  # (A, K, S, K)
             out["e2e"] = (self.mlp_rbf_tint(rbf), Y.view(A, K * S, K), self.mlp_cbf_tint(rbf))
 
         if a["atom_edge_interaction"] or a["edge_atom_interaction"]:
@@ -251,10 +282,10 @@ class Bases(nn.Module):
             z = V_in @ gather(V2, table2).transpose(1, 2)  # (A, K, K2)
             out |= {"src2": g["a2ee2a.src"], "table2": table2}
         if a["atom_edge_interaction"]:  # output main edge c -> a, input atom b
-            Y = legendre(z, S, 2) * g["a2e.mask"][:, :, None, :]  # (A, K, S, K2)
+            Y = legendre(z, S, 2).mul_(g["a2e.mask"][:, :, None, :])  # (A, K, S, K2)
             out["a2e"] = (self.mlp_rbf_aeint(rbf2), Y.view(A, K * S, K2), self.mlp_cbf_aeint(rbf))
         if a["edge_atom_interaction"]:  # output atom a through c -> a, input main edge b -> a
-            Y = legendre(z.transpose(1, 2), S, 2) * g["a2e.mask"].transpose(1, 2)[:, :, None, :]  # (A, K2, S, K)
+            Y = legendre(z.transpose(1, 2), S, 2).mul_(g["a2e.mask"].transpose(1, 2)[:, :, None, :])  # (A, K2, S, K)
             W = gather(self.mlp_cbf_eaint(rbf2), table2)  # (A, K2, C, S)
             # the sum over c is the same in every block: sum_c W_c Y_c is one (C, K) matrix an atom
             W = W.transpose(1, 2).reshape(A, W.shape[2], K2 * S)
@@ -272,9 +303,9 @@ class Bases(nn.Module):
             V_ca, V_db = V_in.index_select(0, dst), V_in.index_select(0, src)  # (Q, K, 3) both
             u = torch.linalg.cross(V_ca, Vq[:, None].expand_as(V_ca))
             w = torch.linalg.cross(V_db, Vq[:, None].expand_as(V_db))
-            Y_theta = legendre(cos_dihedral(u, w), S, 2) * g["quad.mask"][:, :, None, :]  # (Q, Kc, S, Kd)
+            Y_theta = legendre(cos_dihedral(u, w), S, 2).mul_(g["quad.mask"][:, :, None, :])  # (Q, Kc, S, Kd)
             cos_cab = gather((V_ca * Vq[:, None]).sum(-1), g["qint.table"]).transpose(1, 2)  # (A, K, KQ)
-            Y_phi = legendre(cos_cab, S, 2) * g["qint.mask"][:, :, None, :]  # (A, Kc, S, KQ)
+            Y_phi = legendre(cos_cab, S, 2).mul_(g["qint.mask"][:, :, None, :])  # (A, Kc, S, KQ)
             rbf_q = self.radial_basis(dq)
             Y_abd = legendre((V_db * Vq[:, None]).sum(-1), S, 2)  # (Q, Kd, S)
             cbf = Y_abd @ self.mlp_cbf_qint(rbf_q).transpose(1, 2)  # (Q, Kd, C)
@@ -294,21 +325,33 @@ class Bilinear(nn.Module):
         self.bilinear = Dense(C * n_in, n_out, activation=False)
 
     def forward(self, W, M):
-        return self.bilinear(torch.bmm(W, M).flatten(1))
+        product = lambda W, M, weight: F.linear(torch.bmm(W, M).flatten(1), weight)  # noqa: E731
+        return Recompute.apply(product, W, M, self.bilinear.linear.weight)
 
 
-class UpProjections(nn.Module):
-    """Back to edge width, once for c -> a and once for its reverse: (up_ca(x) + swap(up_ac(x))) / sqrt 2."""
+class Interaction(nn.Module):
+    """The projections that interactions share; `down` reads what a subclass made in its constructor."""
+
+    def down(self, z, rad):
+        """Activate, weight by distance, project to the width of the sum: (N, n) before the activation -> (N, n_in)."""
+
+        def product(z, rad, W_rbf, W_down):
+            x = act(z)
+            return F.linear(self.scale_rbf(x * F.linear(rad, W_rbf), x), W_down)
+
+        weights = self.mlp_rbf.linear.weight, self.down_projection.linear.weight
+        return act(Recompute.apply(product, z, rad, *weights))
 
     def add_up_projections(self, n_in, n_edge):
         self.up_projection_ca = Dense(n_in, n_edge)
         self.up_projection_ac = Dense(n_in, n_edge)
 
     def up(self, x, swap):
-        return (self.up_projection_ca(x) + self.up_projection_ac(x).index_select(0, swap)) * 0.5**0.5
+        """Back to edge width, once for c -> a and once for its reverse."""
+        return (self.up_projection_ca(x) + self.up_projection_ac(x.index_select(0, swap))).mul_(0.5**0.5)
 
 
-class TripletInteraction(UpProjections):
+class TripletInteraction(Interaction):
     """Edge to edge (e2e): main edges b -> a to main edges c -> a."""
 
     def __init__(self, a):
@@ -324,14 +367,13 @@ class TripletInteraction(UpProjections):
 
     def forward(self, m, g):
         rad, Y, W = g["e2e"]
-        x = self.dense_ba(m)
-        x = self.down_projection(self.scale_rbf(x * self.mlp_rbf(rad), x))  # (E, n_in)
+        x = self.down(self.dense_ba.linear(m), rad)  # (E, n_in)
         M = torch.bmm(Y, gather(x, g["table"]))  # (A, K S, n_in)
         M = M.view(-1, W.shape[2], x.shape[1]).index_select(0, g["slot"])  # (E, S, n_in)
         return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
 
 
-class AtomEdgeInteraction(UpProjections):
+class AtomEdgeInteraction(Interaction):
     """Atom to edge (a2e): atoms b near a to main edges c -> a."""
 
     def __init__(self, a):
@@ -347,14 +389,13 @@ class AtomEdgeInteraction(UpProjections):
 
     def forward(self, h, g):
         rad, Y, W = g["a2e"]
-        x = self.dense_ba(h).index_select(0, g["src2"])  # (E2, n_atom)
-        x = self.down_projection(self.scale_rbf(x * self.mlp_rbf(rad), x))
+        x = self.down(self.dense_ba.linear(h).index_select(0, g["src2"]), rad)  # (E2, n_in)
         M = torch.bmm(Y, gather(x, g["table2"]))  # (A, K S, n_in)
         M = M.view(-1, W.shape[2], x.shape[1]).index_select(0, g["slot"])  # (E, S, n_in)
         return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
 
 
-class EdgeAtomInteraction(nn.Module):
+class EdgeAtomInteraction(Interaction):
     """Edge to atom (e2a): main edges b -> a to the atom a, weighted by its neighbours c -> a."""
 
     def __init__(self, a):
@@ -370,8 +411,7 @@ class EdgeAtomInteraction(nn.Module):
 
     def forward(self, m, g):
         rad, G = g["e2a"]
-        x = self.dense_ba(m)
-        x = self.down_projection(self.scale_rbf(x * self.mlp_rbf(rad), x))
+        x = self.down(self.dense_ba.linear(m), rad)
         x = self.mlp_cbf(G, gather(x, g["table"]))  # (A, C, K) @ (A, K, n_in)
         return self.up_projection_ca(self.scale_cbf_sum(x))
 
@@ -393,7 +433,7 @@ class AtomInteraction(nn.Module):
         return self.up_projection(self.scale_rbf_sum(self.bilinear(x.flatten(1))))
 
 
-class QuadrupletInteraction(UpProjections):
+class QuadrupletInteraction(Interaction):
     """Quadruplets d -> b -> a <- c: main edges d -> b to main edges c -> a through qint edges b -> a."""
 
     def __init__(self, a):
@@ -412,8 +452,7 @@ class QuadrupletInteraction(UpProjections):
     def forward(self, m, g):
         rad, cbf, Y_theta, Y_phi, W = g["quad"]
         A, K, S, KQ = Y_phi.shape
-        x = self.dense_db(m)
-        x = self.down_projection(self.scale_rbf(x * self.mlp_rbf(rad), x))  # (E, n)
+        x = self.down(self.dense_db.linear(m), rad)  # (E, n)
         x = gather(x, g["table_d"])  # (Q, Kd, n) edges d -> b
         x = self.scale_cbf(x * self.mlp_cbf(cbf), x.flatten(0, 1) if self.scale_cbf.fitting else None)
         M = torch.bmm(Y_theta, x).view(len(x), K, S * x.shape[2])  # (Q, Kc, S n) sum over d
@@ -435,7 +474,8 @@ class AtomUpdate(nn.Module):
         self.layers = nn.ModuleList(first + residuals(a["num_atom"], atom))
 
     def forward(self, m, g, rad, kept=1.0):
-        x = sum_to(m * self.dense_rbf(rad), g["dst"], g["num_atoms"]) / kept
+        messages = lambda m, rad, W: sum_to(m * F.linear(rad, W), g["dst"], g["num_atoms"])  # noqa: E731
+        x = Recompute.apply(messages, m, rad, self.dense_rbf.linear.weight) / kept
         x = self.scale_sum(x, m if self.scale_sum.fitting else None)
         for layer in self.layers:
             x = layer(x)
@@ -449,20 +489,11 @@ class InteractionBlock(nn.Module):
         super().__init__()
         atom, edge = a["emb_size_atom"], a["emb_size_edge"]
         self.dense_ca = Dense(edge, edge)
-        on = [a["trip_interaction"], a["quad_interaction"], a["atom_edge_interaction"]]
-        if on[0]:
-            self.trip_interaction = TripletInteraction(a)
-        if on[1]:
-            self.quad_interaction = QuadrupletInteraction(a)
-        if on[2]:
-            self.atom_edge_interaction = AtomEdgeInteraction(a)
-        if a["edge_atom_interaction"]:
-            self.edge_atom_interaction = EdgeAtomInteraction(a)
-        if a["atom_interaction"]:
-            self.atom_interaction = AtomInteraction(a)
-        self.on = on
-        self.scale_m = (1 + sum(on)) ** -0.5  # 1/2 with all three
-        self.scale_h = (1 + a["edge_atom_interaction"] + a["atom_interaction"]) ** -0.5  # 1/sqrt 3 with both
+        self.trip_interaction = TripletInteraction(a) if a["trip_interaction"] else None
+        self.quad_interaction = QuadrupletInteraction(a) if a["quad_interaction"] else None
+        self.atom_edge_interaction = AtomEdgeInteraction(a) if a["atom_edge_interaction"] else None
+        self.edge_atom_interaction = EdgeAtomInteraction(a) if a["edge_atom_interaction"] else None
+        self.atom_interaction = AtomInteraction(a) if a["atom_interaction"] else None
         self.layers_before_skip = nn.Sequential(*residuals(a["num_before_skip"], edge))
         self.layers_after_skip = nn.Sequential(*residuals(a["num_after_skip"], edge))
         self.atom_emb_layers = nn.Sequential(*residuals(a["num_atom_emb_layers"], atom))
@@ -471,24 +502,19 @@ class InteractionBlock(nn.Module):
         self.residual_m = nn.Sequential(*residuals(a["num_concat"], edge))
 
     def forward(self, h, m, g):
-        x = self.dense_ca(m)
-        if self.on[0]:
-            x = x + self.trip_interaction(m, g)
-        if self.on[1]:
-            x = x + self.quad_interaction(m, g)
-        if self.on[2]:
-            x = x + self.atom_edge_interaction(h, g)
-        h_sum = h
-        if hasattr(self, "edge_atom_interaction"):
-            h_sum = h_sum + self.edge_atom_interaction(m, g)
-        if hasattr(self, "atom_interaction"):
-            h_sum = h_sum + self.atom_interaction(h, g)
-        h = self.atom_emb_layers(h_sum * self.scale_h)
-        m = (m + self.layers_before_skip(x * self.scale_m)) * 0.5**0.5
-        m = self.layers_after_skip(m)
+        def total(x, *interactions):
+            """x and what the interactions give, divided by the square root of their number."""
+            parts = [x, *(f(y, g) for f, y in interactions if f)]
+            return sum(parts[1:], parts[0]) * len(parts) ** -0.5
+
+        on_edges = (self.trip_interaction, m), (self.quad_interaction, m), (self.atom_edge_interaction, h)
+        on_atoms = (self.edge_atom_interaction, m), (self.atom_interaction, h)
+        x = self.layers_before_skip(total(self.dense_ca(m), *on_edges))
+        h = self.atom_emb_layers(total(h, *on_atoms))
+        m = self.layers_after_skip((m + x).mul_(0.5**0.5))
         h = (h + self.atom_update(m, g, g["rad_h"])) * 0.5**0.5
         m2 = self.residual_m(self.concat_layer(h, m, g["src"], g["dst"]))
-        return h, (m + m2) * 0.5**0.5
+        return h, (m + m2).mul_(0.5**0.5)
 
 
 class OutputBlock(AtomUpdate):
@@ -529,6 +555,7 @@ class GemNetOC(Backbone):
     """GemNet-OC. The parameters' names are those of the published checkpoints without `backbone.`."""
 
     interactions = ("int_blocks.",)
+    checkpointing = False  # keep no array of a block for the backward pass, compute it again: less memory, more time
 
     def __init__(self, arch):
         super().__init__()
@@ -551,13 +578,23 @@ class GemNetOC(Backbone):
 
     def states(self, batch, with_edges=False):
         """Yields (h, m, x_E, x_F, bases) before the first and after every interaction block."""
-        g = self.bases(batch)
+        device = batch["Z"].device.type
+        with torch.autocast(device, enabled=False):  # angles need all digits
+            g = self.bases(batch)
+        if torch.is_autocast_enabled(device):  # lower the bases here once, not in every block
+            lower = lambda x: x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x  # noqa: E731
+            g |= {key: tuple(map(lower, basis)) for key, basis in g.items() if isinstance(basis, tuple)}
         h = self.embedding(batch["Z"] - 1)
         m = self.bases.edge_emb(h, g["rbf"], g["src"], g["dst"])
         yield h, m, *self.out_blocks[0](h, m, g, with_edges), g
         for block, out_block in zip(self.int_blocks, self.out_blocks[1:]):
-            h, m = block(h, m, g)
-            yield h, m, *out_block(h, m, g, with_edges), g
+
+            def step(h, m, block=block, out_block=out_block):
+                h, m = block(h, m, g)
+                return h, m, *out_block(h, m, g, with_edges)
+
+            h, m, x_E, x_F = checkpoint(step, h, m, use_reentrant=False) if self.checkpointing else step(h, m)
+            yield h, m, x_E, x_F, g
 
     def atom_features(self, batch):
         return torch.stack([x_E for _, _, x_E, _, _ in self.states(batch)], dim=1)
