@@ -63,7 +63,8 @@ class Config:
     max_energy: float = 15.0  # and with an energy residual per atom beyond so many times its spread
     time_limit: float = 0.0  # stop after so many minutes, save, and write the backbone as it is; 0: none
     save_minutes: float = 10.0  # between two writings of last.pt
-    bf16: bool = False  # autocast, CUDA only
+    bf16: bool = False  # autocast: faster, about three digits (README, Speed)
+    checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time, same numbers
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 0  # processes that load batches
     resume: bool = False  # go on from last.pt where there is one
@@ -343,6 +344,7 @@ def run(cfg):
     sample = [{k: v for k, v in s.dataset[i].items() if k != "forces"} for s, rows in first.items() for i in rows]
     moma.fit_scale_factors(net.backbone, data.collate(sample))
     net.to(device)
+    tm.set_checkpointing(net.backbone, cfg)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     parts = {"net": net, "ema": ema, "optimizer": optimizer}

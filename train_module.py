@@ -72,7 +72,8 @@ class Config:
     ema: float = 0.99  # averaged weights are validated and kept; the average is shorter in the first 900 steps
     clip: float = 10.0  # norm of the gradient
     patience: int = 0  # stop after so many epochs without a better val MAE; 0: never
-    bf16: bool = False  # autocast, CUDA only
+    bf16: bool = False  # autocast: faster, about three digits (README, Speed)
+    checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time, same numbers
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 0  # processes that load batches
     resume: bool = False  # go on from last.pt where there is one
@@ -272,6 +273,7 @@ def train(cfg, folder, backbone, adapters, crystals, dataset, splits, head=None)
     start, device, source = time.monotonic(), pick_device(cfg.device), dataset
     mean, std = normalizer(crystals.y[splits["train"]])
     backbone.to(device)
+    set_checkpointing(backbone, cfg)
     if not any(p.requires_grad for p in backbone.parameters()):
         source = FeatureDataset(backbone, dataset, cfg, folder)
     torch.manual_seed(cfg.seed)  # the new head: the same whatever the backbone is
@@ -363,6 +365,12 @@ def load_tensors(module, tensors, where):
     module.load_state_dict(tensors)
 
 
+def set_checkpointing(backbone, cfg):
+    if cfg.checkpointing and not hasattr(backbone, "checkpointing"):
+        raise ValueError(f"--checkpointing: {backbone.arch['backbone']} has no blocks to compute again; leave the flag out")
+    backbone.checkpointing = cfg.checkpointing
+
+
 def make_card(cfg, base, crystals, splits, result, mean, std, errors):
     """The fields of design 3 that training knows; hub.save adds hashes and signature. No paths, row ids or labels."""
     task, unit = crystals.task, data.unit_of(crystals.task)
@@ -428,7 +436,7 @@ def run(cfg):
 HISTORY = ["epoch", "train_loss", "val_mae", "lr", "seconds"]
 LOCKS = {}  # {folder: open lock file} of this process
 # may change when a run is resumed
-FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "time_limit", "save_minutes"}
+FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "checkpointing", "time_limit", "save_minutes"}
 
 
 def claim(folder, cfg, resume=False):
@@ -519,7 +527,7 @@ def hardware(cfg):
 
 
 def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=getattr(cfg, "bf16", False) and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=getattr(cfg, "bf16", False))
 
 
 def start_processes(cfg):

@@ -4,12 +4,16 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as M
+import train_module as tm
 from data import GraphConfig, build_graphs, collate, wrap
 
 PERIODIC = ["NaCl", "SrTiO3", "bcc Fe", "rattled NaCl", "rattled SrTiO3", "triclinic", "thin"]
@@ -503,3 +507,104 @@ def test_dihedrals_equal_the_published_formula_where_angles_are_straight_too(cry
         monkeypatch.setattr(M, "cos_dihedral", published)
         theirs = backbone(batch)
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-11
+
+
+# ---------------------------------------------------------------- memory, speed, precision: the same numbers
+
+
+def test_recomputed_products_have_the_right_gradients_and_second_gradients():
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((5, 3), (5, 2), (3, 2))]
+    inputs[2] = (inputs[0][:3] * 2)[:, :2]  # an input that depends on another one
+
+    def product(x, r, W):
+        return M.Recompute.apply(lambda x, r, W: x.sin() * (r @ W.T), x, r, W)
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(product, leaves)
+    assert torch.autograd.gradgradcheck(product, leaves)
+    kept = inputs[0].sin() * (inputs[1] @ inputs[2].T)
+    wanted = torch.autograd.grad(kept.square().sum(), inputs[:2], retain_graph=True)
+    given = torch.autograd.grad(product(*inputs).square().sum(), inputs[:2])
+    torch.testing.assert_close(given, wanted)
+
+
+def saved_bytes(model, batch):
+    """What the forward pass keeps for the backward pass, apart from the parameters; and the gradient."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(batch)
+    y.sum().backward()
+    return sum(kept.values()), y.detach(), [p.grad for p in model.parameters()]
+
+
+def test_checkpointing_keeps_less_and_changes_no_number(crystals):
+    arch = M.preset("small", num_blocks=3)
+    model = M.PropertyModel(ready(arch, crystals), "mean")
+    batch = batch_of([crystals[k] for k in EVERY], arch)
+    before, y, gradient = saved_bytes(model, batch)
+    model.backbone.checkpointing = True
+    after, y2, gradient2 = saved_bytes(model, batch)
+    assert after < before / 2
+    assert torch.equal(y, y2) and all(torch.equal(a, b) for a, b in zip(gradient, gradient2, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["small with quadruplets", "base, narrow"])
+def test_bf16_is_off_by_a_few_percent_but_not_in_the_angles(crystals, name, checkpointing):
+    model = M.PropertyModel(ready(ARCHITECTURES[name], crystals), "mean")
+    model.backbone.checkpointing = checkpointing
+    batch = batch_of([crystals[k] for k in EVERY], ARCHITECTURES[name])
+    _, y, gradient = saved_bytes(model, batch)
+    (*_, exact), *_ = model.backbone.states(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, low, low_gradient = saved_bytes(model, batch)
+        (*_, lowered), *_ = model.backbone.states(batch)
+    for basis in ("e2e", "quad"):
+        for a, b in zip(exact[basis], lowered[basis], strict=True):
+            assert torch.equal(a.to(torch.bfloat16), b)
+    assert 0 < (low - y).norm() < 0.03 * y.norm()
+    a, b = (torch.cat([g.flatten() for g in gs]) for gs in (gradient, low_gradient))
+    assert (a - b).norm() < 0.1 * a.norm()
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Refuses the operations that make a GPU wait: reading a value, and shapes that depend on values."""
+
+    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [t for t in tree_leaves(args[1:]) if name == "index" and torch.is_tensor(t) and t.dtype == torch.bool]
+        assert name not in self.WAIT and not masks, f"{func} waits for the device"
+        assert name != "repeat_interleave" or (kwargs or {}).get("output_size") is not None, "waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_training_step_reads_nothing_back(crystals, name, monkeypatch):
+    arch = ARCHITECTURES[name]
+    batch = batch_of([crystals[k] for k in EVERY], arch)
+    batch["y"] = torch.arange(len(EVERY), dtype=torch.float64)
+    model = M.PropertyModel(ready(arch, crystals), "mean").train()
+    params = list(model.parameters())
+
+    def refused(*args):
+        raise AssertionError("waits for the device")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", refused)  # these two are no operations
+    monkeypatch.setattr(torch.Tensor, "numpy", refused)
+    with NothingReadBack():
+        result = tm.train_step(model, params, batch, SimpleNamespace(bf16=False, clip=10.0), 0.0, 1.0)
+        with pytest.raises(AssertionError, match="waits"):
+            float(result[0])
+        with pytest.raises(AssertionError, match="waits"):
+            tm.read_loss(result, batch, "")

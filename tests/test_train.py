@@ -310,6 +310,15 @@ def test_the_card_holds_errors_that_the_module_and_its_head_repeat(home):
         assert np.abs(prediction - y).mean() == pytest.approx(card["test_mae"], rel=1e-5)
 
 
+def test_checkpointing_trains_the_same_module_and_is_refused_where_there_are_no_blocks(home):
+    tm.run(replace(home.modules, name="checkpointed", output=str(home.root / "checkpointed"), checkpointing=True))
+    for file in ("module.safetensors", "head.safetensors"):
+        assert (home.hub / "checkpointed" / file).read_bytes() == (home.hub / "full" / file).read_bytes()
+    shutil.rmtree(home.hub / "checkpointed")
+    with pytest.raises(ValueError, match="--checkpointing: cgcnn has no blocks"):
+        tm.set_checkpointing(moma.build_backbone(moma.preset("tiny", backbone="cgcnn")), SimpleNamespace(checkpointing=True))
+
+
 def test_same_seed_same_bytes_and_a_cut_adapter_run_resumes_to_them(home, monkeypatch):
     cfg = replace(home.modules, kind="adapter", name="again", output=str(home.root / "again"))
     step, steps = tm.train_step, []
