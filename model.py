@@ -132,9 +132,9 @@ class Recompute(torch.autograd.Function):
 
 
 def gather(x, table):
-    """Rows of x named by an index table whose padding is len(x): zeros there. (E, C), (A, K) -> (A, K, C)."""
-    padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return padded.index_select(0, table.reshape(-1)).view(*table.shape, *x.shape[1:])
+    """Rows of x by an index table: (E, C), (A, K) -> (A, K, C). Padding, len(x), reads the last row: what is padded
+    meets a zero of the bases' masks."""
+    return x.index_select(0, table.reshape(-1).clamp(max=len(x) - 1)).view(*table.shape, *x.shape[1:])
 
 
 def sum_to(x, index, number):
@@ -294,6 +294,7 @@ class Bases(nn.Module):
         if a["atom_interaction"]:  # images of one pair share the source's feature: their radial values are added first
             d, _ = edge_vectors(g, "a2a", dtype)
             rad = self.mlp_rbf_aint(sum_to(self.radial_basis(d), g["a2a.pair"], len(g["a2a.pair_src"])))
+            rad = torch.cat([rad, rad.new_zeros(1, rad.shape[1])])  # for the padding: this product has no mask
             out["a2a"] = (gather(rad, g["a2a.table"]).transpose(1, 2), g["a2a.table_src"])  # (A, C, N), (A, N)
 
         if a["quad_interaction"]:
