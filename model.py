@@ -454,8 +454,12 @@ class QuadrupletInteraction(Interaction):
         rad, cbf, Y_theta, Y_phi, W = g["quad"]
         A, K, S, KQ = Y_phi.shape
         x = self.down(self.dense_db.linear(m), rad)  # (E, n)
-        x = gather(x, g["table_d"])  # (Q, Kd, n) edges d -> b
-        x = self.scale_cbf(x * self.mlp_cbf(cbf), x.flatten(0, 1) if self.scale_cbf.fitting else None)
+
+        def weighted(x, cbf, W_cbf):
+            x = gather(x, g["table_d"])  # (Q, Kd, n) edges d -> b
+            return self.scale_cbf(x * F.linear(cbf, W_cbf), x.flatten(0, 1) if self.scale_cbf.fitting else None)
+
+        x = Recompute.apply(weighted, x, cbf, self.mlp_cbf.linear.weight)
         M = torch.bmm(Y_theta, x).view(len(x), K, S * x.shape[2])  # (Q, Kc, S n) sum over d
         M = gather(M, g["table_q"]).transpose(1, 2)  # (A, Kc, KQ, S n)
         M = Y_phi @ M  # (A, Kc, S, S n) sum over b
