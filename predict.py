@@ -32,7 +32,7 @@ class Config:
     id_column: str = ""
     batch_size: int = 64
     max_atoms: int = 2000  # never more atoms in a batch; 0: no limit
-    bf16: bool = False  # autocast: faster, about three digits (README, Speed)
+    bf16: bool = False  # autocast: faster where layers are wide, about two digits (README, Speed)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 0  # processes that load batches
     config: str = ""  # JSON file with settings

@@ -63,7 +63,7 @@ class Config:
     max_energy: float = 15.0  # and with an energy residual per atom beyond so many times its spread
     time_limit: float = 0.0  # stop after so many minutes, save, and write the backbone as it is; 0: none
     save_minutes: float = 10.0  # between two writings of last.pt
-    bf16: bool = False  # autocast: faster, about three digits (README, Speed)
+    bf16: bool = False  # autocast: faster where layers are wide, about two digits (README, Speed)
     checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time, same numbers
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 0  # processes that load batches

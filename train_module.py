@@ -72,7 +72,7 @@ class Config:
     ema: float = 0.99  # averaged weights are validated and kept; the average is shorter in the first 900 steps
     clip: float = 10.0  # norm of the gradient
     patience: int = 0  # stop after so many epochs without a better val MAE; 0: never
-    bf16: bool = False  # autocast: faster, about three digits (README, Speed)
+    bf16: bool = False  # autocast: faster where layers are wide, about two digits (README, Speed)
     checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time, same numbers
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_workers: int = 0  # processes that load batches

@@ -262,7 +262,7 @@ def options(name, atoms, device):
 
 # --------------------------------------------------------------------------------------------------------- cost growth
 
-GROWTH = {  # what varies: [(atoms, crystals, main cap)]; the other caps keep their ratio to the main one
+GROWTH = {  # what varies: [(atoms, crystals, main cap)]; a2ee2a and qint keep their ratio to the main cap
     "atoms in a cell": [(5, 1, 30), (10, 1, 30), (20, 1, 30), (40, 1, 30), (80, 1, 30), (140, 1, 30), (200, 1, 30)],
     "crystals in a batch": [(5, 1, 30), (5, 4, 30), (5, 8, 30), (5, 16, 30), (5, 32, 30), (5, 48, 30)],
     "neighbours (main cap)": [(20, 2, 6), (20, 2, 12), (20, 2, 18), (20, 2, 24), (20, 2, 30), (20, 2, 45), (20, 2, 60)],
