@@ -295,7 +295,7 @@ def growth(folder, name="4x64"):
             ax.set(xlabel=series, ylabel=unit, xlim=(0, None), ylim=(0, None))
             ax.legend(frameon=False)
     Path(folder, "growth.csv").write_text("\n".join(lines) + "\n")
-    fig.savefig(Path(folder, "growth.png"), dpi=110)
+    fig.savefig(Path(folder, "growth.png"), dpi=80)
 
 
 def main():
