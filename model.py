@@ -594,7 +594,7 @@ class GemNetOC(Backbone):
         yield h, m, *self.out_blocks[0](h, m, g, with_edges), g
         for block, out_block in zip(self.int_blocks, self.out_blocks[1:]):
 
-            def step(h, m, block=block, out_block=out_block):
+            def step(h, m, block=block, out_block=out_block):  # bound now: the backward pass may call it again
                 h, m = block(h, m, g)
                 return h, m, *out_block(h, m, g, with_edges)
 

@@ -401,7 +401,8 @@ def fit(parts, sets, state, cfg, folder, until):
             state["done"] += 1
             stop = cfg.time_limit > 0 and tm.all_sum(float(time.monotonic() > until)) > 0
             full = state["done"] == len(plan)
-            saving = full or stop or time.monotonic() - clock > 60 * cfg.save_minutes
+            due = tm.rank() == 0 and time.monotonic() - clock > 60 * cfg.save_minutes  # one clock: all read, or none
+            saving = full or stop or tm.all_sum(float(due)) > 0
             if saving:
                 state["losses"].append(tm.read_loss(*waiting))
                 waiting = None

@@ -1,4 +1,8 @@
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import demo
 import hub
@@ -177,6 +181,26 @@ def test_a_run_lowers_the_error_of_both_sets_and_writes_theta_0(tmp_path, monkey
     backbone, _ = train_module.load_backbone(tmp_path / "hub")  # exactly the tensors of the architecture
     assert not any("out_mlp_F" in k for k in backbone.state_dict())
     assert hub.load_tensors(tmp_path / "hub/backbone", "adapters.safetensors")
+    assert hub.verify(tmp_path / "hub") == []
+
+
+def test_two_processes_agree_when_to_save(tmp_path):
+    """Reading the loss is a sum over the processes, so all must do it at once, whatever their clocks say."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    c = config(tmp_path)
+    command = [sys.executable, pretrain.__file__, "--sets", c.sets, "--data", c.data, "--hub", c.hub, "--preset", c.preset]
+    command += ["--epochs", "1", "--limit", "48", "--quiet", "--save-minutes"]
+    processes = []
+    for rank, minutes in enumerate(("10", "0")):
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen([*command, minutes], env=dict(env)))
+    try:
+        assert [p.wait(timeout=60) for p in processes] == [0, 0]
+    finally:
+        for p in processes:
+            p.kill()
     assert hub.verify(tmp_path / "hub") == []
 
 
