@@ -18,7 +18,8 @@ import numpy as np
 
 import compose
 import finetune
-import train_module as tm
+from files import csv_text, write_text
+from stage import main, say
 
 METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn")
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
@@ -68,17 +69,17 @@ def run(cfg):
             raise ValueError(f"--methods {method}: use {', '.join(METHODS)}")
     if not cfg.table:
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
-        tm.write_text(Path(cfg.output) / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
+        write_text(Path(cfg.output) / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
         for task in cfg.task.split(","):
             for seed in map(int, cfg.seeds.split(",")):
                 for method in methods:
-                    one_run(cfg, method, finetune.data.get_task(task, cfg.tasks, cfg.data).name, seed)
+                    one_run(cfg, method, finetune.get_task(task, cfg.tasks, cfg.data).name, seed)
     found = collect(Path(cfg.output))
     if not found:
         raise FileNotFoundError(f"{cfg.output}: no finished run; run the benchmark without --table first")
     text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(Path(cfg.output))}"
-    tm.write_text(Path(cfg.output) / "table.md", text + "\n")
-    tm.write_text(Path(cfg.output) / "runs.csv", runs_csv(found))
+    write_text(Path(cfg.output) / "table.md", text + "\n")
+    write_text(Path(cfg.output) / "runs.csv", runs_csv(found))
     print(text)
     return found
 
@@ -88,7 +89,7 @@ def one_run(cfg, method, task, seed):
     folder = Path(cfg.output) / method / task / f"seed{seed}"
     if (folder / "metrics.json").exists():
         return
-    tm.say(cfg, f"--- {method}, {task}, seed {seed}")
+    say(cfg, f"--- {method}, {task}, seed {seed}")
     shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit,
                   split_seed=seed, split_file=f"{cfg.splits}/{task}/seed{seed}.json" if cfg.splits else "",
                   seed=seed, device=cfg.device, quiet=cfg.quiet, resume=True)  # fmt: skip
@@ -128,7 +129,7 @@ def runs_csv(found):
     """One line a run."""
     columns = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")
     rows = [[t, m, i, *(r[c] for c in columns)] for t, ms in found.items() for m, rs in ms.items() for i, r in enumerate(rs)]
-    return tm.csv_text(["task", "method", "run", *columns], rows)
+    return csv_text(["task", "method", "run", *columns], rows)
 
 
 def table(found):
@@ -180,4 +181,4 @@ def merges(root):
 
 
 if __name__ == "__main__":
-    tm.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -25,6 +25,10 @@ import data
 import hub
 import model as moma
 import train_module as tm
+from crystals import find_source
+from files import cache_folder, write_atomic, write_skipped
+from stage import claim, main, pick_device, say, silent
+from tasks import ALIASES, get_task, task_names, unit_of
 
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
@@ -34,7 +38,7 @@ LARGE_GAP = 0.5  # a merge that loses more than this share of what the mixture g
 
 @dataclass
 class Config:
-    task: str = "dielectric"  # a task of data.TASKS or --tasks, or several: a,b,c
+    task: str = "dielectric"  # a task of TASKS or --tasks, or several: a,b,c
     all: bool = False  # every downstream task whose data are here; as several, with a heat map tasks x modules
     data: str = ""  # folder, file or "demo"; default: the task's own data set
     tasks: str = ""  # JSON file with more tasks
@@ -281,7 +285,7 @@ def make_embed(cfg, arch, kind, dataset, rows):
     run once on a task, ever. Adapters run on stored atom features: one pass of the backbone for a whole hub of them;
     with load() None they are left out, which is theta_0.
     """
-    device = tm.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     theta_0 = hub.read_card(Path(cfg.hub) / hub.BACKBONE)["tensors_sha256"] if kind == "adapter" else None
     settings = {"arch": arch, "theta_0": theta_0, "pooling": "mean", "version": data.CACHE_VERSION}
     settings["crystals"] = [dataset.hashes[i] for i in rows]
@@ -292,7 +296,7 @@ def make_embed(cfg, arch, kind, dataset, rows):
     def passes(what):
         by_size = np.asarray(rows)[np.argsort(numbers, kind="stable")]
         batches = tm.loader(dataset, by_size, cfg, share=False)
-        for batch in tqdm(batches, what, leave=False, disable=tm.silent(cfg)):
+        for batch in tqdm(batches, what, leave=False, disable=silent(cfg)):
             yield [place[i] for i in batch["index"].tolist()], data.to_device(batch, device)
 
     @torch.no_grad()
@@ -332,7 +336,7 @@ def make_embed(cfg, arch, kind, dataset, rows):
 
 def cached(cfg, key, fill):
     """The array in the file named by the hash of key; if there is none, fill(new) first fills the array new(shape)."""
-    folder = data.cache_folder(cfg.cache) / "embeddings"
+    folder = cache_folder(cfg.cache) / "embeddings"
     file = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -353,7 +357,7 @@ def run(cfg):
     if cfg.all or "," in cfg.task:
         return run_several(cfg)
     start, cards = time.monotonic(), candidates(cfg)
-    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", data.ALIASES.get(cfg.task, cfg.task)))
+    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", ALIASES.get(cfg.task, cfg.task)))
     modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
     sha = {name: card["tensors_sha256"] for name, card in cards.items()}
     some = next(iter(cards.values()))
@@ -362,10 +366,10 @@ def run(cfg):
     if output.exists() and not (output / "composition.json").exists():
         raise ValueError(f"{output}: exists and is not a composed module; give another --output")
     folder = output.parent / ".runs" / output.name
-    tm.claim(folder, cfg)
+    claim(folder, cfg)
 
     crystals, dataset, splits = tm.prepare(cfg, some["architecture"])
-    data.write_skipped(folder / "skipped.csv", crystals)
+    write_skipped(folder / "skipped.csv", crystals.skipped)
     rows = few_shot(splits["train"], cfg.few_shot, cfg.seed)  # from here on nothing else is looked at
     y = np.asarray(crystals.y, np.float64)[rows]
     embed = make_embed(cfg, some["architecture"], some["kind"], dataset, rows)
@@ -401,7 +405,7 @@ def run(cfg):
     columns = zip(w, amc["w_amc"], alone, *boot, strict=True)
     values = [{k: x if x is None else float(x) for k, x in zip(names, row, strict=True)} for row in columns]
     result = {
-        "task": crystals.task.name, "unit": data.unit_of(crystals.task), "label_std": float(y.std()),
+        "task": crystals.task.name, "unit": unit_of(crystals.task), "label_std": float(y.std()),
         "rows_used": len(y),
         "modules": {name: {"tensors_sha256": sha[name], **v} for name, v in zip(modules, values, strict=True)},
         "best_single": list(modules)[int(alone.argmin())], "errors": errors,
@@ -467,7 +471,7 @@ def make_card(cfg, cards, parents, crystals, rows):
     task, some = crystals.task, next(iter(cards.values()))
     return {
         **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")},
-        "property": task.name, "unit": data.unit_of(task), "physical_unit": task.unit, "transform": task.transform,
+        "property": task.name, "unit": unit_of(task), "physical_unit": task.unit, "transform": task.transform,
         "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
         "rows_used": len(rows), "rows_skipped": len(crystals.skipped), "seed": cfg.seed, "split_seed": cfg.split_seed,
         "elements": sorted({z for card in cards.values() for z in card.get("elements") or []}),
@@ -501,22 +505,22 @@ def run_several(cfg):
     picture = folder / "heat_map.png"
     draw_heat_map(results, picture)
     weights = {task: {name: x["weight"] for name, x in r["modules"].items()} for task, r in results.items()}
-    tm.write_atomic(picture.with_suffix(".json"), lambda f: f.write(json.dumps(weights, indent=2).encode()))
-    tm.say(cfg, f"{picture}: {len(results)} tasks" + (f"; no data for {', '.join(left_out)}" if left_out else ""))
+    write_atomic(picture.with_suffix(".json"), lambda f: f.write(json.dumps(weights, indent=2).encode()))
+    say(cfg, f"{picture}: {len(results)} tasks" + (f"; no data for {', '.join(left_out)}" if left_out else ""))
     return {"results": results, "left_out": left_out, "output": str(picture)}
 
 
 def downstream_tasks(cfg):
     """Downstream tasks whose data are here, and those whose are not."""
     here, left_out = [], []
-    for name in data.task_names("downstream", cfg.tasks, cfg.data):
+    for name in task_names("downstream", cfg.tasks, cfg.data):
         try:
             if cfg.data != "demo":
-                data.find_source(data.get_task(name, cfg.tasks, cfg.data))
+                find_source(get_task(name, cfg.tasks, cfg.data))
             here.append(name)
         except FileNotFoundError as error:
             left_out.append(name)
-            tm.say(cfg, f"{name} left out: {error}")
+            say(cfg, f"{name} left out: {error}")
     if not here:
         raise FileNotFoundError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
     return here, left_out
@@ -559,7 +563,7 @@ def draw_weights(r, path):
             ax.errorbar(x["bootstrap_mean"], i, xerr=x["bootstrap_sd"], color="#222222", fmt=".", linewidth=1)
     ax.set(xlabel="weight (bars); bootstrap mean and sd (dots)", title=f"{r['task']}, {r['rows_used']} rows")
     ax.set_xlim(left=0)
-    tm.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
 
 
 def draw_heat_map(results, path):
@@ -577,8 +581,8 @@ def draw_heat_map(results, path):
         color = "white" if W[i, j] > 0.6 * W.max() else "black"
         ax.text(j, i, f"{W[i, j]:.2f}", ha="center", va="center", fontsize=7, color=color)
     fig.colorbar(image, label="weight")
-    tm.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
 
 
 if __name__ == "__main__":
-    tm.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -23,6 +23,9 @@ import data
 import hub
 import model as moma
 import train_module as tm
+from files import csv_text, write_atomic, write_skipped, write_text
+from stage import barrier, claim, main, rank, say, start_processes
+from tasks import inverse, unit_of
 
 LR = {"tiny": 1e-3, "small": 1e-3}  # small nets bear and need larger steps; the others take the paper's 8e-5
 
@@ -120,9 +123,9 @@ def scores(y, prediction, mean, unit):
 
 def run(cfg):
     """Fine-tune, write the run folder, return its metrics."""
-    tm.start_processes(cfg)
+    start_processes(cfg)
     if not cfg.task:
-        raise ValueError("--task is missing: a name in the task table (data.TASKS) or in --tasks FILE")
+        raise ValueError("--task is missing: a name in the task table (TASKS) or in --tasks FILE")
     cfg.name = cfg.name or cfg.task
     folder = Path(cfg.output or Path("runs") / cfg.name)
     if folder.name == hub.BACKBONE:
@@ -130,40 +133,40 @@ def run(cfg):
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         if not cfg.resume:
             raise ValueError(f"{folder}: holds a finished run; give another --output, or --overwrite")
-        tm.say(cfg, f"{folder} is finished; nothing to do")
+        say(cfg, f"{folder} is finished; nothing to do")
         return json.loads((folder / "metrics.json").read_text())
     backbone, adapters, origin, head = start(cfg)
     arch = origin["architecture"]
     cfg.lr = cfg.lr or LR.get(arch["preset"], 8e-5)
     freeze(backbone, adapters, cfg.freeze)
-    tm.claim(folder, cfg, cfg.resume)
+    claim(folder, cfg, cfg.resume)
     crystals, dataset, splits = tm.prepare(cfg, arch)
     if cfg.init == "scratch":
         first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
         moma.fit_scale_factors(backbone, data.collate([dataset[int(i)] for i in first]))
     model, result, mean, std, errors = tm.train(cfg, folder, backbone, adapters, crystals, dataset, splits, head)
-    if tm.rank() == 0:
+    if rank() == 0:
         write(cfg, folder, model, result, origin, crystals, splits, mean, std, errors)
-    tm.barrier()
+    barrier()
     return json.loads((folder / "metrics.json").read_text())
 
 
 def write(cfg, folder, model, result, origin, crystals, splits, mean, std, errors):
     """Everything of a run folder (design 3), metrics.json last: where it stands, the run is complete."""
-    task, unit = crystals.task, data.unit_of(crystals.task)
+    task, unit = crystals.task, unit_of(crystals.task)
     metrics = {"task": task.name, "init": Path(cfg.init).name, "kind": cfg.kind, "epochs": result["epochs"]}
     for name, (index, y, prediction) in errors.items():
         metrics[name] = scores(y, prediction, mean, unit)
         if task.transform != "none":  # and as people say it
-            y, prediction = data.inverse(task, y), data.inverse(task, prediction)
-            metrics[f"{name}_physical"] = scores(y, prediction, data.inverse(task, mean), task.unit)
+            y, prediction = inverse(task, y), inverse(task, prediction)
+            metrics[f"{name}_physical"] = scores(y, prediction, inverse(task, mean), task.unit)
         rows = zip([crystals.ids[i] for i in index], y.tolist(), prediction.tolist(), strict=True)
-        tm.write_text(folder / f"predictions_{name}.csv", tm.csv_text(["id", "target", "prediction"], rows))
+        write_text(folder / f"predictions_{name}.csv", csv_text(["id", "target", "prediction"], rows))
     metrics |= {"val_mae": metrics["val"]["mae"], "test_mae": metrics["test"]["mae"], "unit": unit}
     metrics |= {"best_epoch": result["best_epoch"], "seconds": result["seconds"]}
     rows = {name: crystals.row[index].tolist() for name, index in splits.items()}
-    tm.write_text(folder / "splits.json", json.dumps(rows) + "\n")
-    tm.write_skipped(folder / "skipped.csv", crystals.skipped)
+    write_text(folder / "splits.json", json.dumps(rows) + "\n")
+    write_skipped(folder / "skipped.csv", crystals.skipped)
     draw_parity(folder / "parity.png", crystals, errors["test"], metrics["test"])
     card = tm.make_card(cfg, origin, crystals, splits, result, mean, std, errors)
     card["elements"] = sorted({*card["elements"], *(origin.get("elements") or [])})
@@ -173,7 +176,7 @@ def write(cfg, folder, model, result, origin, crystals, splits, mean, std, error
     if origin.get("kind") != "backbone":
         card["backbone_sha256"] = origin.get("backbone_sha256")
     save_model(folder, model, card)
-    tm.write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     (folder / "last.pt").unlink(missing_ok=True)
     test = metrics.get("test_physical", metrics["test"])
     physical = f" = {test['mae']:.4g} {test['unit']}" if task.transform != "none" else ""
@@ -201,8 +204,8 @@ def draw_parity(path, crystals, errors, score):
     ax.scatter(y, prediction, s=14, color="#4878a8", alpha=0.8, linewidths=0)
     unit = f" ({score['unit']})" if score["unit"] else ""
     ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", title=f"{crystals.task.name}, test: MAE {score['mae']:.4g}")
-    tm.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
 
 
 if __name__ == "__main__":
-    tm.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -21,6 +21,10 @@ import data
 import hub
 import model as moma
 import train_module as tm
+from crystals import SYMBOLS, load_crystals
+from files import csv_text, write_skipped, write_text
+from stage import main, pick_device, say
+from tasks import Task, inverse
 
 
 @dataclass
@@ -46,7 +50,7 @@ def predict(model, card, crystals, cfg, cache):
     order = np.argsort(dataset.num_atoms, kind="stable")  # crystals of one size together
     mean, std = card["normalizer_mean"], card["normalizer_std"]
     index, _, y = tm.predict_batches(model, tm.loader(dataset, order, cfg), mean, std, cfg)
-    return data.inverse(task_of(card), y[np.argsort(index)])
+    return inverse(task_of(card), y[np.argsort(index)])
 
 
 def load_model(path):
@@ -77,11 +81,11 @@ def load_model(path):
 def task_of(card, **fields):
     """The card's property as a task: unit and transform of its labels."""
     unit = card.get("physical_unit", card["unit"])
-    return data.Task(card["property"], unit=unit, transform=card["transform"], pooling=card["pooling"], **fields)
+    return Task(card["property"], unit=unit, transform=card["transform"], pooling=card["pooling"], **fields)
 
 
 def read(cfg, card, cache):
-    """All inputs as one data.Crystals, and what could not be read: [(id, reason)]."""
+    """All inputs as one Crystals, and what could not be read: [(id, reason)]."""
     if not cfg.inputs:
         raise ValueError("no input: name folders or files of structures; see --help")
     for path in cfg.inputs:
@@ -92,14 +96,14 @@ def read(cfg, card, cache):
     for path in cfg.inputs:
         try:
             task = task_of(card, dataset=path, **columns)
-            parts.append(data.load(task, need_target=False, quiet=True, cache_dir=cache))
+            parts.append(load_crystals(task, need_target=False, quiet=True, cache_dir=cache))
             skipped += parts[-1].skipped
         except ValueError as error:  # nothing in this input can be used; the others are predicted
             skipped.append((path, str(error)))
     if not parts:
         output = Path(cfg.output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        tm.write_skipped(output.with_name("skipped.csv"), skipped)
+        write_skipped(output.with_name("skipped.csv"), skipped)
         raise ValueError(f"nothing could be read: {skipped[0][1]}")
     joined = {k: [x for p in parts for x in getattr(p, k)] for k in ("ids", "Z", "pos", "cell")}
     joined |= {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("pbc", "y", "row")}
@@ -111,7 +115,7 @@ def warn_unseen(crystals, card):
     seen = set(card["elements"] or [])
     unseen = {i: sorted(set(Z.tolist()) - seen) for i, Z in zip(crystals.ids, crystals.Z) if set(Z.tolist()) - seen}
     if unseen:
-        count = Counter(data.SYMBOLS[z] for elements in unseen.values() for z in elements)
+        count = Counter(SYMBOLS[z] for elements in unseen.values() for z in elements)
         names = ", ".join(list(unseen)[:5]) + (", ..." if len(unseen) > 5 else "")
         which = ", ".join(f"{s} ({n})" for s, n in count.items())
         print(f"warning: {len(unseen)} of {len(crystals)} crystals have elements the model never saw: {which}; "
@@ -123,7 +127,7 @@ def run(cfg):
     if not cfg.model:
         raise ValueError("--model is missing: the folder of a fine-tuned run, such as runs/dielectric")
     model, card = load_model(cfg.model)
-    model.to(tm.pick_device(cfg.device))
+    model.to(pick_device(cfg.device))
     with tempfile.TemporaryDirectory() as cache:  # what is predicted leaves no copy behind
         crystals, skipped = read(cfg, card, cache)
         warn_unseen(crystals, card)
@@ -133,11 +137,11 @@ def run(cfg):
     finite = np.isfinite(y)
     skipped += [(i, "the prediction is not finite") for i, good in zip(crystals.ids, finite) if not good]
     rows = [(i, value) for i, value, good in zip(crystals.ids, y.tolist(), finite) if good]
-    tm.write_text(output, tm.csv_text(["id", f"prediction ({unit})" if unit else "prediction"], rows))
-    tm.write_skipped(output.with_name("skipped.csv"), skipped)
+    write_text(output, csv_text(["id", f"prediction ({unit})" if unit else "prediction"], rows))
+    write_skipped(output.with_name("skipped.csv"), skipped)
     settings = {k: v for k, v in asdict(cfg).items() if k != "inputs"}
-    tm.write_text(output.with_suffix(".config.json"), json.dumps(settings, indent=2) + "\n")
-    tm.say(cfg, f"{output}: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
+    write_text(output.with_suffix(".config.json"), json.dumps(settings, indent=2) + "\n")
+    say(cfg, f"{output}: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
     if skipped:
         where = output.with_name("skipped.csv")
         print(f"{where}: {len(skipped)} not predicted, the first {skipped[0][0]}: {skipped[0][1]}", file=sys.stderr)
@@ -145,4 +149,4 @@ def run(cfg):
 
 
 if __name__ == "__main__":
-    tm.main(run, Config, __doc__)
+    main(run, Config, __doc__)

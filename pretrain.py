@@ -27,6 +27,10 @@ import data
 import hub
 import model as moma
 import train_module as tm
+from crystals import Crystals, SYMBOLS, count_reasons, load_crystals, subset
+from files import csv_text, write_atomic, write_skipped, write_text
+from stage import all_sum, autocast, barrier, claim, hardware, main, pick_device, rank, reduce_gradients, say, silent, start_processes, world
+from tasks import get_task, unit_of
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}  # in eV
 LR = {"tiny": 5e-3, "small": 2e-3}  # small nets bear and need larger steps; all others train at JMP-L's 3e-4
@@ -79,7 +83,7 @@ class Config:
 @dataclass(eq=False)
 class EnergySet:
     name: str
-    crystals: data.Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale
+    crystals: Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale
     reference: np.ndarray  # (119,) r_z, eV
     sigma: float  # root mean square of the residual per atom, eV/atom
     force_scale: float  # root mean square of the components, eV/A; 0 without forces
@@ -97,32 +101,32 @@ def load_sets(cfg, graph, use_forces=True):
     weights *= len(names) if len(weights) == 1 else 1
     if len(weights) != len(names) or not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*", w) for w in weights):
         raise ValueError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
-    quiet = cfg.quiet or tm.rank() > 0
+    quiet = cfg.quiet or rank() > 0
     for text, weight in zip(names, weights, strict=True):
         task = find_task(text, cfg)
         if task.name in sets:
             raise ValueError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
         for first in (True, False):  # the first process fills the cache, the others find it filled
-            if (tm.rank() == 0) == first:
-                crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
+            if (rank() == 0) == first:
+                crystals = load_crystals(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
                 crystals.forces = crystals.forces if use_forces else None
                 s = sets[task.name] = normalise(task.name, crystals, cfg)
                 s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=quiet)
                 s.force_weight = float(weight)
-            tm.barrier()
+            barrier()
     return sets
 
 
 def find_task(text, cfg):
     """The task of a name or a file. Embedded force fields and extxyz files that have them keep forces in `forces`."""
     if "/" not in text and "." not in text:
-        task = data.get_task(text, cfg.tasks, cfg.data)
+        task = get_task(text, cfg.tasks, cfg.data)
         return replace(task, forces_column="forces") if task.dataset.startswith("demo:") and task.role == "pretrain" else task
     forces = ""
     if text.endswith(".extxyz") and Path(text).exists():
         with open(text) as f:
             forces = "forces" if "forces:R:3" in f.readline() + f.readline() else ""  # the first frame's comment line
-    return data.get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
+    return get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
 
 
 def normalise(name, crystals, cfg):
@@ -154,10 +158,10 @@ def normalise(name, crystals, cfg):
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
         forces = [f / scale for f, k in zip(crystals.forces, keep, strict=True) if k]
     if len(skipped) > len(crystals.skipped):
-        reasons = data.count_reasons([why for _, why in skipped[len(crystals.skipped) :]])
-        tm.say(cfg, f"  {name}: {keep.sum()} rows used; left out: {reasons}")
+        reasons = count_reasons([why for _, why in skipped[len(crystals.skipped) :]])
+        say(cfg, f"  {name}: {keep.sum()} rows used; left out: {reasons}")
     train, val = np.flatnonzero(~is_val[keep]), np.flatnonzero(is_val[keep])
-    normalised = replace(data.subset(crystals, np.flatnonzero(keep)), y=(N * residual)[keep] / sigma, forces=forces)
+    normalised = replace(subset(crystals, np.flatnonzero(keep)), y=(N * residual)[keep] / sigma, forces=forces)
     return EnergySet(name, normalised, r, sigma, scale, train, val, skipped)
 
 
@@ -167,7 +171,7 @@ def total_energies(name, crystals):
     factor = ENERGY_UNITS.get(task.unit.removesuffix("/atom").removesuffix("/cell"))
     if factor is None or task.transform != "none":
         known = ", ".join(ENERGY_UNITS)
-        raise ValueError(f"--sets {name}: label in {data.unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
+        raise ValueError(f"--sets {name}: label in {unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 
@@ -229,7 +233,7 @@ def loader(sets, plan, cfg):
 def make_batch(sets, edge_dropout, entry):
     """This process's share of a batch; y (B,) and forces (A, 3) are normalised."""
     name, rows, seed = entry
-    mine = rows[tm.rank() :: tm.world()]
+    mine = rows[rank() :: world()]
     batch = {"task": name, "share": len(mine) / len(rows)}
     if mine:
         dropout = 0.0 if seed is None else edge_dropout
@@ -270,11 +274,11 @@ def train_step(net, ema, optimizer, batch, sets, cfg, lr):
     loss = params[0].new_zeros(())
     if batch["share"]:
         batch = data.to_device(batch, params[0].device)
-        with tm.autocast(cfg, params[0].device):
+        with autocast(cfg, params[0].device):
             energy, forces = net(batch, s.name)
         loss = batch["share"] * loss_of(energy, forces, batch, s.force_weight)
         loss.backward()
-    tm.reduce_gradients(params)
+    reduce_gradients(params)
     divide_shared_gradients(net.backbone)
     result = torch.stack([loss.detach(), torch.nn.utils.clip_grad_norm_(params, cfg.clip)])
     optimizer.step()
@@ -310,7 +314,7 @@ def validate(net, sets, cfg):
                 if forces is not None:
                     off = (forces - batch["forces"]).abs()
                     sums[2:] += off.sum().item() * s.force_scale, off.numel()
-        e, n, f, m = [tm.all_sum(float(x)) for x in sums]
+        e, n, f, m = [all_sum(float(x)) for x in sums]
         errors[s.name] = (1e3 * e / n, 1e3 * f / m if m else math.nan)
     return errors
 
@@ -320,23 +324,23 @@ def validate(net, sets, cfg):
 
 def run(cfg):
     """Pre-train and write HUB/backbone. Returns its card."""
-    tm.start_processes(cfg)
+    start_processes(cfg)
     began = time.monotonic()
     cfg.lr, cfg.epochs = cfg.lr or LR.get(cfg.preset, 3e-4), cfg.epochs or EPOCHS.get(cfg.preset, 2)
     target, folder = Path(cfg.hub) / hub.BACKBONE, Path(cfg.output or Path(cfg.hub) / ".runs" / hub.BACKBONE)
     resumed = cfg.resume and (folder / "last.pt").exists()
     if cfg.resume and not resumed and (target / "module.json").exists() and not cfg.overwrite:
-        tm.say(cfg, f"{target} is finished; nothing to resume (--overwrite trains it again)")
+        say(cfg, f"{target} is finished; nothing to resume (--overwrite trains it again)")
         return hub.read_card(target)
     refuse_overwrite(target, cfg, resumed)
     arch = moma.preset(cfg.preset, backbone=cfg.backbone)
     use_forces = "forces" in arch  # a backbone without edge features learns from the energies alone
     arch |= {"forces": True} if use_forces else {}
-    tm.claim(folder, cfg, cfg.resume)
-    device = tm.pick_device(cfg.device)
+    claim(folder, cfg, cfg.resume)
+    device = pick_device(cfg.device)
     sets = load_sets(cfg, data.GraphConfig(**arch["graph"]), use_forces)
-    if tm.rank() == 0:
-        tm.write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
+    if rank() == 0:
+        write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
 
     torch.manual_seed(cfg.seed)
     net = moma.PretrainModel(moma.build_backbone(arch), {s.name: s.crystals.forces is not None for s in sets.values()})
@@ -356,7 +360,7 @@ def run(cfg):
             part.load_state_dict(saved[name])
 
     stop, errors = fit(parts, sets, state, cfg, folder, until=began + 60 * cfg.time_limit if cfg.time_limit else math.inf)
-    if tm.rank() == 0:
+    if rank() == 0:
         refuse_overwrite(target, cfg, resumed=True)  # modules may have been trained meanwhile
         card = make_card(cfg, arch, sets, errors, state)
         kept = moma.build_backbone(card["architecture"]).state_dict().keys()  # the force branch has served
@@ -367,8 +371,8 @@ def run(cfg):
             (folder / "last.pt").unlink(missing_ok=True)
         print(f"{target}: {state['step']} steps, val MAE {describe(errors)}")
         if stop:
-            tm.say(cfg, f"stopped by --time-limit in epoch {state['epoch'] + 1} of {cfg.epochs}; --resume goes on")
-    tm.barrier()
+            say(cfg, f"stopped by --time-limit in epoch {state['epoch'] + 1} of {cfg.epochs}; --resume goes on")
+    barrier()
     return hub.read_card(target)
 
 
@@ -383,26 +387,26 @@ def fit(parts, sets, state, cfg, folder, until):
         now = time.monotonic()
         state["seconds"] += now - clock
         clock = now
-        if tm.rank() == 0:
+        if rank() == 0:
             tensors = {name: part.state_dict() for name, part in parts.items()}
-            tm.write_atomic(folder / "last.pt", lambda f: torch.save({"state": state, **tensors}, f))
+            write_atomic(folder / "last.pt", lambda f: torch.save({"state": state, **tensors}, f))
 
     while state["epoch"] < cfg.epochs and not stop:
         plan, name = plan_epoch(sets, cfg, state["epoch"]), f"epoch {state['epoch'] + 1}/{cfg.epochs}"
         warmup = min(0.1, cfg.warmup_steps / (cfg.epochs * len(plan)))
-        for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=tm.silent(cfg)):
+        for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=silent(cfg)):
             lr = cfg.lr * lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
-            torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * tm.world() + tm.rank())  # a fork may have dropout
+            torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * world() + rank())  # a fork may have dropout
             result = train_step(net, ema, optimizer, batch, sets, cfg, lr)
             if waiting:
                 state["losses"].append(tm.read_loss(*waiting))
             waiting = result, batch if batch["share"] else None, batch["task"], sets[batch["task"]].crystals.ids
             state["step"] += 1
             state["done"] += 1
-            stop = cfg.time_limit > 0 and tm.all_sum(float(time.monotonic() > until)) > 0
+            stop = cfg.time_limit > 0 and all_sum(float(time.monotonic() > until)) > 0
             full = state["done"] == len(plan)
-            due = tm.rank() == 0 and time.monotonic() - clock > 60 * cfg.save_minutes  # one clock: all read, or none
-            saving = full or stop or tm.all_sum(float(due)) > 0
+            due = rank() == 0 and time.monotonic() - clock > 60 * cfg.save_minutes  # one clock: all read, or none
+            saving = full or stop or all_sum(float(due)) > 0
             if saving:
                 state["losses"].append(tm.read_loss(*waiting))
                 waiting = None
@@ -411,9 +415,9 @@ def fit(parts, sets, state, cfg, folder, until):
                 row = [state["epoch"] + 1, state["step"], float(np.mean(state["losses"])), lr]
                 row += [*(e for pair in errors.values() for e in pair), round(state["seconds"] + time.monotonic() - clock, 1)]
                 state |= {"epoch": state["epoch"] + 1, "done": 0, "losses": [], "history": [*state["history"], row]}
-                if tm.rank() == 0:
-                    tm.write_text(folder / "history.csv", history_csv(sets, state["history"]))
-                tm.say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
+                if rank() == 0:
+                    write_text(folder / "history.csv", history_csv(sets, state["history"]))
+                say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
             if saving:
                 save()
             if stop:
@@ -442,7 +446,7 @@ def make_card(cfg, arch, sets, errors, state):
         seen = np.unique(np.concatenate([s.crystals.Z[i] for i in s.train]))
         about[s.name] = {
             "rows_train": len(s.train), "rows_val": len(s.val), "rows_skipped": len(s.skipped),
-            "references_ev": {data.SYMBOLS[z]: round(float(s.reference[z]), 6) for z in seen},
+            "references_ev": {SYMBOLS[z]: round(float(s.reference[z]), 6) for z in seen},
             "energy_scale_ev_per_atom": s.sigma, "force_scale_ev_per_angstrom": s.force_scale or None,
             "force_weight": s.force_weight if s.force_scale else None, "val_mae_mev_per_atom": errors[s.name][0],
             "val_mae_mev_per_angstrom": errors[s.name][1] if s.force_scale else None,
@@ -458,7 +462,7 @@ def make_card(cfg, arch, sets, errors, state):
         "seed": cfg.seed, "split_seed": cfg.split_seed,
         "split": {k: sum(a[f"rows_{k}"] for a in about.values()) for k in ("train", "val")},
         "training": {k: getattr(cfg, k) for k in keys.split()} | {"steps": state["step"], "sets": about},
-        "seconds": round(state["seconds"], 1), "hardware": tm.hardware(cfg), "license_code": "MIT",
+        "seconds": round(state["seconds"], 1), "hardware": hardware(cfg), "license_code": "MIT",
         "license_weights": "", "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})),
         "parents": [], "weights": [],
     }  # fmt: skip
@@ -471,8 +475,8 @@ def describe(errors):
 def history_csv(sets, rows):
     columns = [c for name in sets for c in (f"{name} meV/atom", f"{name} meV/A")]
     rows = [["" if x != x else x for x in row] for row in rows]  # nan: a set without forces
-    return tm.csv_text(["epoch", "step", "train_loss", "lr", *columns, "seconds"], rows)
+    return csv_text(["epoch", "step", "train_loss", "lr", *columns, "seconds"], rows)
 
 
 if __name__ == "__main__":
-    tm.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -9,21 +9,11 @@ B: crystals, A: atoms, L: outputs that an adapter follows (blocks + 1), C: chann
 transform. The loss is L1 on (y - mean) / std, both of the training labels; errors are printed in the unit of y.
 """
 
-import argparse
-import csv
-import fcntl
-import inspect
-import io
-import json
 import math
-import os
-import platform
-import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,6 +24,11 @@ from tqdm import tqdm
 import data
 import hub
 import model as moma
+from crystals import load_crystals
+from files import csv_text, write_atomic, write_skipped, write_text
+from stage import (all_sum, autocast, barrier, claim, hardware, main, number, pick_device, rank, reduce_gradients, say,
+                   silent, start_processes, world)
+from tasks import get_task, unit_of
 
 WARMUP, COSINE = 5, 32  # epochs: lr rises from 0.1 during the first, falls to 0.1 until the second (B.2)
 LR = {("tiny", "full"): 2e-3, ("tiny", "adapter"): 2e-3, ("small", "adapter"): 2e-3}  # the others: the paper's 5e-4
@@ -43,7 +38,7 @@ EPOCH_SEED = 1_000_003  # everything random in an epoch follows from (seed, epoc
 
 @dataclass
 class Config:
-    task: str = ""  # a name in data.TASKS or --tasks
+    task: str = ""  # a name in TASKS or --tasks
     data: str = ""  # folder, file or "demo"; default: the task's own data set
     tasks: str = ""  # JSON file with more tasks
     target_column: str = ""  # of --data, as the five below
@@ -251,12 +246,12 @@ def prepare(cfg, arch):
     names = ("target_column", "structure_column", "id_column", "unit", "transform", "pooling")
     given = {k: getattr(cfg, k) for k in names if getattr(cfg, k, "")}
     if not cfg.task:
-        raise ValueError("--task is missing: a name in data.TASKS or in --tasks FILE")
-    task = data.get_task(cfg.task, cfg.tasks, cfg.data, **given)
+        raise ValueError("--task is missing: a name in TASKS or in --tasks FILE")
+    task = get_task(cfg.task, cfg.tasks, cfg.data, **given)
     quiet = cfg.quiet or rank() > 0
     for first in (True, False):  # the first process fills the cache, the others find it filled
         if (rank() == 0) == first:
-            crystals = data.load(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
+            crystals = load_crystals(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
             dataset = data.GraphDataset(crystals, data.GraphConfig(**arch["graph"]), cache_dir=cfg.cache, quiet=quiet)
         barrier()
     splits = data.make_splits(crystals, cfg.split_seed, cfg.split_file)
@@ -283,7 +278,7 @@ def train(cfg, folder, backbone, adapters, crystals, dataset, splits, head=None)
     encoding = time.monotonic() - start
     batches = {"train": lambda epoch: loader(source, splits["train"], cfg, epoch),
                "val": lambda: loader(source, splits["val"], cfg), "ids": crystals.ids}  # fmt: skip
-    result = fit(model, batches, cfg, folder, mean, std, data.unit_of(crystals.task))
+    result = fit(model, batches, cfg, folder, mean, std, unit_of(crystals.task))
     result["seconds"] = round(result["seconds"] + encoding, 1)
     errors = {}
     if rank() == 0:
@@ -373,7 +368,7 @@ def set_checkpointing(backbone, cfg):
 
 def make_card(cfg, base, crystals, splits, result, mean, std, errors):
     """The fields of design 3 that training knows; hub.save adds hashes and signature. No paths, row ids or labels."""
-    task, unit = crystals.task, data.unit_of(crystals.task)
+    task, unit = crystals.task, unit_of(crystals.task)
     mae = {k: float(np.abs(p - y).mean()) for k, (_, y, p) in errors.items()}
     settings = ("epochs", "batch_size", "max_atoms", "lr", "weight_decay", "ema", "clip", "patience", "bf16")
     done = {"epochs_run": result["epochs"], "best_epoch": result["best_epoch"]}
@@ -396,7 +391,7 @@ def make_card(cfg, base, crystals, splits, result, mean, std, errors):
 def run(cfg):
     """Train one module and put it into the hub. Returns its card."""
     start_processes(cfg)
-    cfg.name = cfg.name or data.get_task(cfg.task, cfg.tasks, cfg.data).name.lower()
+    cfg.name = cfg.name or get_task(cfg.task, cfg.tasks, cfg.data).name.lower()
     target = hub.module_dir(cfg.hub, cfg.name)
     if (target / "module.json").exists() and not cfg.overwrite:
         kind = hub.read_card(target)["kind"]
@@ -431,65 +426,7 @@ def run(cfg):
     return hub.read_card(target)
 
 
-# ---------------------------------------------------------------- run folders and files
-
 HISTORY = ["epoch", "train_loss", "val_mae", "lr", "seconds"]
-LOCKS = {}  # {folder: open lock file} of this process
-# may change when a run is resumed
-FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "checkpointing", "time_limit", "save_minutes"}
-
-
-def claim(folder, cfg, resume=False):
-    """Make the run folder ours: locked against a second run, an older one neither lost nor mixed in; config.json."""
-    if rank() > 0:
-        return
-    folder, mine = Path(folder), asdict(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() in LOCKS:
-        LOCKS.pop(folder.resolve()).close()
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another run is writing here; wait for it or give another --output") from None
-    LOCKS[folder.resolve()] = lock  # held until the process ends
-    for left in folder.glob("*.tmp"):  # by a run that was killed
-        left.unlink(missing_ok=True)
-    path, last = folder / "config.json", folder / "last.pt"
-    if getattr(cfg, "overwrite", False) and not resume:
-        for old in (last, folder / "metrics.json", folder / "module.json"):
-            old.unlink(missing_ok=True)
-    if last.exists() and not resume:
-        raise ValueError(f"{folder}: holds an unfinished run; add --resume, or --overwrite, or give another --output")
-    if last.exists() and path.exists():
-        old = json.loads(path.read_text())
-        for k in sorted((old.keys() & mine.keys()) - FREE):
-            if old[k] != mine[k]:
-                raise ValueError(f"{folder}: {flag(k)} was {old[k]!r}, now {mine[k]!r}; --resume needs the same")
-    write_text(path, json.dumps(mine, indent=2) + "\n")
-
-
-def write_atomic(path, write):
-    """write(file) into a temporary sibling, then rename: a killed run leaves the old file or the new one, and of two
-    processes that write one file (benchmarks side by side) the later wins."""
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-    os.replace(temporary, path)
-
-
-def write_text(path, text):
-    write_atomic(path, lambda f: f.write(text.encode()))
-
-
-def write_skipped(path, skipped):
-    write_text(path, csv_text(["id", "reason"], skipped))
-
-
-def csv_text(header, rows):
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
-    return out.getvalue()
 
 
 def tensors_of(module):
@@ -503,182 +440,6 @@ def clone(tensors):
 def copy_(into, source):
     for k, v in source.items():
         into[k].copy_(v)
-
-
-def number(x):
-    return "-" if x is None else f"{x:.4g}"
-
-
-# ---------------------------------------------------------------- device and processes (torchrun)
-
-
-def pick_device(name="auto"):
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def hardware(cfg):
-    device = pick_device(cfg.device)
-    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{world()} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}"
-
-
-def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=getattr(cfg, "bf16", False))
-
-
-def start_processes(cfg):
-    """Join torchrun's process group if there is one. Every process takes its share of every batch."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        device = pick_device(cfg.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # building graphs takes long
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if world() > 1:
-        dist.barrier()
-
-
-def all_sum(x):
-    """Sum of a number over the processes."""
-    if world() == 1:
-        return x
-    t = torch.tensor(x, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(t)
-    return t.item()
-
-
-def reduce_gradients(params):
-    """Sum of the gradients over the processes. One that none of them used has no gradient, as in one process."""
-    if world() == 1:
-        return
-    used = params[0].new_tensor([float(p.grad is not None) for p in params])
-    flat = torch.cat([used, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params)])
-    dist.all_reduce(flat)
-    used, *grads = flat.split([len(params), *(p.numel() for p in params)])
-    for p, g, u in zip(params, grads, used.tolist(), strict=True):
-        p.grad = g.view_as(p) if u else None
-
-
-def silent(cfg):
-    return cfg.quiet or rank() > 0 or not sys.stderr.isatty()
-
-
-def say(cfg, line):
-    if not cfg.quiet and rank() == 0:
-        print(line, file=sys.stderr)
-
-
-# ---------------------------------------------------------------- command line
-
-
-def parse(Config, doc, argv=None):
-    """One flag per field: help from the comment beside it, choices from Literal; a list comes without a flag."""
-    parts = inspect.cleandoc(doc).split("\n\n")
-    example = next((p for p in parts if p.startswith("    python")), "")
-    script = (example.split() or ["", Path(sys.argv[0]).name])[1]
-    p = argparse.ArgumentParser(
-        usage=f"python {script} [--flag value ...]", description=parts[0], epilog=f"example:\n{example}",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
-    )  # fmt: skip
-    p.error = refuse
-    notes, hints = comments(Config), get_type_hints(Config)
-    for f in fields(Config):
-        note = f.metadata.get("help", notes.get(f.name, "")).replace("%", "%%")
-        choices = f.metadata.get("choices") or get_args(hints[f.name]) or None
-        if f.default is MISSING:
-            p.add_argument(f.name, nargs="*", help=note)
-        elif isinstance(f.default, bool):
-            p.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=f.default, help=note)
-        else:
-            shape = "|".join(c for c in choices if c) if choices else f.name.split("_")[-1].upper()
-            note = note if f.default == "" else f"[{f.default}] {note}"
-            kind = {"type": type(f.default), "choices": choices, "metavar": shape}
-            p.add_argument(flag(f.name), default=f.default, help=note, **kind)
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [flag(a[2:].split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
-    given = p.parse_args(argv)
-    if getattr(given, "config", ""):
-        p.set_defaults(**read_config(given.config, Config, hints))
-        given = p.parse_args(argv)
-    for name, value in vars(given).items():
-        least = int(name == "batch_size")
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"{flag(name)} {value}: must be {least} or more")
-    return Config(**vars(given))
-
-
-def read_config(path, Config, hints):
-    """Defaults from a run's config.json."""
-    try:
-        found = dict(json.loads(Path(path).read_text()))
-    except (TypeError, ValueError):
-        raise ValueError(f"--config {path}: not a JSON object; give the config.json of a run") from None
-    known = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
-    for k, v in found.items():
-        if k not in known:
-            raise ValueError(f"--config {path}: unknown setting {k!r}; known are {', '.join(known)}")
-        choices, kind = get_args(hints[k]), type(known[k])
-        if not (v in choices if choices else type(v) is kind or kind is float and type(v) is int):
-            raise ValueError(f"--config {path}: {k} is {v!r}, expected {' or '.join(choices) or kind.__name__}")
-    return {k: v for k, v in found.items() if k not in ("config", "resume", "overwrite")}
-
-
-def comments(Config):
-    """{field: the comment on its line}, for the dataclass and those it extends."""
-    found = {}
-    for c in reversed(Config.__mro__[:-1]):
-        lines = [line.strip().partition(":") for line in inspect.getsource(c).splitlines()]
-        found |= {name: rest.partition("  # ")[2] for name, _, rest in lines if name.isidentifier()}
-    return found
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def refuse(message):
-    raise ValueError(f"{message}; see --help")
-
-
-def main(run, Config, doc, argv=None):
-    """A script: exit 0 with the result made, 2 and one line for wrong input, 130 after Ctrl-C; bugs: a traceback."""
-    script = Path(sys.argv[0]).name
-    try:
-        result = run(parse(Config, doc, argv))
-    except KeyboardInterrupt:
-        print(f"\n{script}: stopped; the same command with --resume goes on from the last saved epoch", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        print(f"{script}: the GPU is out of memory; lower --batch-size or --max-atoms", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        ours = Path(trace.tb_frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
-        if isinstance(error, ValueError) and not ours:  # raised inside a library: our mistake, not the user's
-            raise
-        known = isinstance(error, OSError) and error.strerror and error.filename
-        line = f"{error.filename}: {error.strerror}" if known else str(error)
-        print(f"{script}: {' '.join(line.split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(result.get("exit_code", 0) if isinstance(result, dict) else 0)
 
 
 if __name__ == "__main__":

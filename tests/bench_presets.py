@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import model as moma
 import train_module as tm
+from tasks import unit_of
 
 VARIANTS = {
     "small": {},
@@ -67,7 +68,7 @@ def error(arch, cfg):
     moma.fit_scale_factors(backbone, data.collate([dataset[int(i)] for i in splits["train"][:32]]))
     with tempfile.TemporaryDirectory() as folder:
         _, result, *_ = tm.train(cfg, Path(folder), backbone, None, crystals, dataset, splits)
-    return result["val_mae"], data.unit_of(crystals.task)
+    return result["val_mae"], unit_of(crystals.task)
 
 
 def main():

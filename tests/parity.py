@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import tables
-from hub import rename_published
+from import_published import rename_published
 from model import GEMNET, PretrainModel, PropertyModel, build_backbone, pool, sum_to
 
 GRAPHS = ("main", "a2a", "a2ee2a", "qint")

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import hub
+import import_published
 import model as moma
 from conftest import make_crystals
 
@@ -136,7 +136,7 @@ def main(what, *args):
         torch.save(jmp_checkpoint(moma.preset(args[0])), args[1])
     else:
         Path(args[1]).mkdir()
-        for i, name in enumerate(hub.MOMA):
+        for i, name in enumerate(import_published.MOMA):
             torch.save(moma_checkpoint(moma.preset(args[0]), seed=i), Path(args[1]) / f"{name}.pt")
 
 

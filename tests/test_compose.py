@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compose
 import hub
+from crystals import load_crystals
+from tasks import get_task
 from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
 
 # ------------------------------------------------------------------------------------------------ step 1, the estimate
@@ -356,7 +358,7 @@ def test_composing_again_runs_no_network_and_gives_the_same(made, tmp_path, monk
 def test_labels_outside_the_training_split_do_not_matter(made, tmp_path, monkeypatch):
     import data
 
-    first, load = compose.run(config(made, tmp_path / "composed")), data.load
+    first, load = compose.run(config(made, tmp_path / "composed")), load_crystals
 
     def other_labels(*args, **kwargs):
         crystals = load(*args, **kwargs)
@@ -386,13 +388,12 @@ def test_variants_few_shot_and_neighbours(made, tmp_path):
 
 
 def test_several_tasks_make_a_heat_map(made, tmp_path):
-    import data
     import demo
 
     result = compose.run(config(made, tmp_path, task="", all=True, limit=20, bootstrap=0))
     weights = json.loads((tmp_path / "heat_map.json").read_text())
     assert list(weights) == list(result["results"]) == [
-        k for k in demo.TASKS if data.get_task(k, data="demo").role == "downstream"
+        k for k in demo.TASKS if get_task(k, data="demo").role == "downstream"
     ]
     assert (tmp_path / "heat_map.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / TASK / "composed" / "module.json").exists()

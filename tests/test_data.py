@@ -12,6 +12,9 @@ import pytest
 import torch
 
 import data
+from crystals import Crystals, Skip, VACUUM, check_distances, elements, fetch, json_stream, load_crystals, structure_hash, subset, table_rows, to_arrays, wrap
+from files import write_skipped
+from tasks import TASKS, Task, get_task, inverse, task_names, transform, unit_of
 
 REAL = Path(os.environ.get("MATMINER_DATA") or Path(data.__file__).parent.parent / "shared/matminer")
 SPLITS = REAL.parent / "splits"
@@ -52,53 +55,53 @@ def table_of(tmp_path, structures, labels=None):
 
 def load_table(path, **fields):
     limit = fields.pop("limit", 0)
-    return data.load(data.get_task("own", data=str(path), id_column="name", **fields), limit=limit, quiet=True)
+    return load_crystals(get_task("own", data=str(path), id_column="name", **fields), limit=limit, quiet=True)
 
 
 # ---------------------------------------------------------------- tasks
 
 
 def test_the_paper_has_18_hub_and_17_downstream_tasks_and_qm9_adds_12():
-    roles = {r: [n for n, t in data.TASKS.items() if t.role == r] for r in ("hub", "downstream")}
+    roles = {r: [n for n, t in TASKS.items() if t.role == r] for r in ("hub", "downstream")}
     qm9 = [n for n in roles["hub"] if n.startswith("qm9_")]
     assert (len(roles["hub"]) - len(qm9), len(qm9), len(roles["downstream"])) == (18, 12, 17)
-    assert all(data.TASKS[n].pooling == "sum" for n in qm9)
-    assert all(data.TASKS[n].paper for n in roles["downstream"])
-    assert all(name == task.name for name, task in data.TASKS.items())
-    assert data.task_names("downstream") == roles["downstream"]
+    assert all(TASKS[n].pooling == "sum" for n in qm9)
+    assert all(TASKS[n].paper for n in roles["downstream"])
+    assert all(name == task.name for name, task in TASKS.items())
+    assert task_names("downstream") == roles["downstream"]
 
 
 def test_dielectric_is_the_paper_row_dielectric_constant():
-    assert data.get_task("dielectric") == data.TASKS["mp_eps_total"]
-    assert data.get_task("dielectric").paper == "Dielectric Constant"
+    assert get_task("dielectric") == TASKS["mp_eps_total"]
+    assert get_task("dielectric").paper == "Dielectric Constant"
 
 
 @pytest.mark.parametrize(
     "name, unit", [("none", "GPa"), ("log", "log(GPa)"), ("log10", "log10(GPa)"), ("log1p", "log(1 + GPa)")]
 )
 def test_inverse_undoes_the_transform_and_the_unit_says_it(name, unit):
-    task = data.Task("t", unit="GPa", transform=name)
+    task = Task("t", unit="GPa", transform=name)
     raw = np.array([1e-3, 0.5, 1.0, 250.0])
-    np.testing.assert_allclose(data.inverse(task, data.transform(task, raw)), raw, rtol=1e-12)
-    assert data.unit_of(task) == unit
-    assert isinstance(data.inverse(task, 1.0), float) and isinstance(data.transform(task, 1.0), float)
+    np.testing.assert_allclose(inverse(task, transform(task, raw)), raw, rtol=1e-12)
+    assert unit_of(task) == unit
+    assert isinstance(inverse(task, 1.0), float) and isinstance(transform(task, 1.0), float)
 
 
 def test_log_is_natural_and_has_no_value_at_or_below_zero():
-    task = data.Task("t", transform="log")
-    assert data.transform(task, np.e) == 1.0
-    assert np.isnan(data.transform(task, [0.0, -1.0])).all()
-    assert data.transform(data.Task("t", transform="log1p"), 0.0) == 0.0
+    task = Task("t", transform="log")
+    assert transform(task, np.e) == 1.0
+    assert np.isnan(transform(task, [0.0, -1.0])).all()
+    assert transform(Task("t", transform="log1p"), 0.0) == 0.0
 
 
 def test_unknown_task_lists_near_names():
     with pytest.raises(ValueError, match=r"--task mp_phonon: .*mp_phonons.*--data PATH"):
-        data.get_task("mp_phonon")
+        get_task("mp_phonon")
 
 
 def test_unknown_transform_lists_the_known_ones():
     with pytest.raises(ValueError, match="transform 'ln' is not one of none, log, log10, log1p"):
-        data.get_task("mp_phonons", transform="ln")
+        get_task("mp_phonons", transform="ln")
 
 
 def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
@@ -106,11 +109,11 @@ def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
     (tmp_path / "tasks.json").write_text(
         json.dumps({"own": {"data": "own.json.gz", "target_column": "y", "unit": "eV"}})
     )
-    task = data.get_task("own", str(tmp_path / "tasks.json"), pooling="sum", transform="")
-    assert task == data.Task("own", str(tmp_path / "own.json.gz"), "y", unit="eV", pooling="sum")
-    assert data.load(task, quiet=True).y.tolist() == [1.0, 2.0]
-    assert data.get_task("mp_phonons", str(tmp_path / "tasks.json")) == data.TASKS["mp_phonons"]  # not in the file
-    assert data.task_names("user", tmp_path / "tasks.json") == ["own"]
+    task = get_task("own", str(tmp_path / "tasks.json"), pooling="sum", transform="")
+    assert task == Task("own", str(tmp_path / "own.json.gz"), "y", unit="eV", pooling="sum")
+    assert load_crystals(task, quiet=True).y.tolist() == [1.0, 2.0]
+    assert get_task("mp_phonons", str(tmp_path / "tasks.json")) == TASKS["mp_phonons"]  # not in the file
+    assert task_names("user", tmp_path / "tasks.json") == ["own"]
 
 
 @pytest.mark.parametrize(
@@ -126,31 +129,31 @@ def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
 def test_a_wrong_tasks_file_is_named(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        data.get_task("a", tmp_path / "t.json")
+        get_task("a", tmp_path / "t.json")
 
 
 def test_a_missing_tasks_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such.json: no such file"):
-        data.get_task("a", tmp_path / "no-such.json")
+        get_task("a", tmp_path / "no-such.json")
 
 
 def test_own_data_under_a_known_name_keeps_its_column_and_transform(tmp_path):
-    task = data.get_task("mp_phonons", data=str(tmp_path))
+    task = get_task("mp_phonons", data=str(tmp_path))
     assert (task.dataset, task.target_column, task.transform) == (str(tmp_path), "last phdos peak", "log")
 
 
 def test_embedded_crystals_load_like_any_source():
-    name = data.task_names("downstream", data="demo")[0]
-    task = data.get_task(name, data="demo")
-    crystals = data.load(task, limit=10, quiet=True)
-    assert (task.dataset, task.role, len(crystals)) == (f"demo:{name}", "downstream", 10) and data.unit_of(task)
-    assert data.get_task(name.removeprefix("demo_"), data="demo") == task
+    name = task_names("downstream", data="demo")[0]
+    task = get_task(name, data="demo")
+    crystals = load_crystals(task, limit=10, quiet=True)
+    assert (task.dataset, task.role, len(crystals)) == (f"demo:{name}", "downstream", 10) and unit_of(task)
+    assert get_task(name.removeprefix("demo_"), data="demo") == task
     with pytest.raises(ValueError, match="the embedded crystals have no such task; they have demo_"):
-        data.get_task("nothing", data="demo")
+        get_task("nothing", data="demo")
 
 
 def test_embedded_force_field_has_forces():
-    crystals = data.load(data.get_task("demo_clusters", data="demo"), limit=5, quiet=True)
+    crystals = load_crystals(get_task("demo_clusters", data="demo"), limit=5, quiet=True)
     assert [f.shape for f in crystals.forces] == [p.shape for p in crystals.pos]
     assert not crystals.pbc.any() and not np.any(crystals.cell)
 
@@ -164,48 +167,48 @@ def test_a_table_becomes_arrays(tmp_path):
     assert crystals.Z[0].tolist() == [11, 17] and crystals.Z[0].dtype == np.int64
     np.testing.assert_allclose(crystals.pos[1], [[0, 0, 0], [2.5, 2.5, 2.5]])
     np.testing.assert_allclose(crystals.cell[1], 5 * np.eye(3))
-    assert crystals.pbc.tolist() == [True, True] and data.elements(crystals) == ["Na", "Cl"]
+    assert crystals.pbc.tolist() == [True, True] and elements(crystals) == ["Na", "Cl"]
 
 
 def test_tables_read_the_same_in_small_blocks_as_records_and_uncompressed(tmp_path):
     rows = [[crystal(a=3.0 + i), float(i), f'quo"te{i}'] for i in range(30)]
     split = {"columns": ["structure", "y", "word"], "index": list(range(30)), "data": rows}
     (tmp_path / "t.json").write_text(json.dumps(split, indent=1))
-    read = [(kind, value) for kind, value in data.json_stream(tmp_path / "t.json", block=100)]
+    read = [(kind, value) for kind, value in json_stream(tmp_path / "t.json", block=100)]
     assert read == [("columns", split["columns"]), *(("row", r) for r in rows)]
     (tmp_path / "r.json").write_text(json.dumps([dict(zip(split["columns"], r)) for r in rows]))
     for name in ("t.json", "r.json"):
-        assert data.load(data.get_task("", data=tmp_path / name), quiet=True).y.tolist() == list(range(30))
+        assert load_crystals(get_task("", data=tmp_path / name), quiet=True).y.tolist() == list(range(30))
 
 
 def test_the_only_number_is_the_label_and_two_numbers_are_a_question(tmp_path):
     path = write_table(tmp_path / "t.json.gz", ["mpid", "structure", "a", "b"], [["mp-1", crystal(), 1.0, 2.0]])
     with pytest.raises(ValueError, match="which column is the label.*mpid, a, b.*--target-column"):
-        data.load(data.get_task("own", data=path), quiet=True)
-    crystals = data.load(data.get_task("own", data=path, target_column="b"), quiet=True)
+        load_crystals(get_task("own", data=path), quiet=True)
+    crystals = load_crystals(get_task("own", data=path, target_column="b"), quiet=True)
     assert crystals.y.tolist() == [2.0] and crystals.ids == ["mp-1"]
     with pytest.raises(ValueError, match=r"no column 'c' \(columns: mpid, a, b\)"):
-        data.load(data.get_task("own", data=path, target_column="c"), quiet=True)
+        load_crystals(get_task("own", data=path, target_column="c"), quiet=True)
     with pytest.raises(
         ValueError, match="no column 'geometry' with structures .columns: mpid, structure, a, b.*--structure-column"
     ):
-        data.load(data.get_task("own", data=path, target_column="b", structure_column="geometry"), quiet=True)
+        load_crystals(get_task("own", data=path, target_column="b", structure_column="geometry"), quiet=True)
     with pytest.raises(ValueError, match="no column 'jid' for the ids"):
-        data.load(data.get_task("own", data=path, target_column="b", id_column="jid"), quiet=True)
+        load_crystals(get_task("own", data=path, target_column="b", id_column="jid"), quiet=True)
 
 
 def test_a_dielectric_column_is_the_mean_of_its_three_directions(tmp_path):
     path = write_table(
         tmp_path / "t.json.gz", ["structure", *(f"epsilon_{k} opt" for k in "xyz")], [[crystal(), 1.0, 2.0, 6.0]]
     )
-    assert data.load(data.get_task("own", data=path, target_column="dielectric opt"), quiet=True).y.tolist() == [3.0]
+    assert load_crystals(get_task("own", data=path, target_column="dielectric opt"), quiet=True).y.tolist() == [3.0]
 
 
 def test_repeated_ids_are_told_apart_and_missing_ones_are_the_row(tmp_path):
     path = write_table(
         tmp_path / "t.json.gz", ["id", "structure", "y"], [[i, crystal(), 1.0] for i in ("a", "a", None, 1234567)]
     )
-    assert data.load(data.get_task("own", data=path, target_column="y"), quiet=True).ids == ["a", "a#1", "2", "1234567"]
+    assert load_crystals(get_task("own", data=path, target_column="y"), quiet=True).ids == ["a", "a#1", "2", "1234567"]
 
 
 @pytest.mark.parametrize("cut", [40, 200])
@@ -219,7 +222,7 @@ def test_a_table_cut_short_is_an_error(tmp_path, cut):
 def test_json_that_is_no_table_is_an_error(tmp_path):
     (tmp_path / "x.json").write_text('{"structure": {"0": 1}}')
     with pytest.raises(ValueError, match="neither a table .* nor a structure"):
-        data.load(data.get_task("x", data=tmp_path / "x.json"), quiet=True)
+        load_crystals(get_task("x", data=tmp_path / "x.json"), quiet=True)
 
 
 def cif_and_poscar(folder):
@@ -237,7 +240,7 @@ def test_folder_with_targets_csv(tmp_path, capsys):
     (tmp_path / "targets.csv").write_text(
         "id,file,target,split\n001,salt.cif,1.5,train\nb,POSCAR_salt,2.5,val\nc,plain.json,3.5,test\nd,gone.cif,4.5,train\ne,salt.cif,,train\nf,salt.cif,abc,train\n"
     )
-    crystals = data.load(data.get_task("own", data=tmp_path, unit="eV"))
+    crystals = load_crystals(get_task("own", data=tmp_path, unit="eV"))
     assert (
         crystals.ids == ["001", "b", "c"]
         and crystals.y.tolist() == [1.5, 2.5, 3.5]
@@ -256,7 +259,7 @@ def test_folder_with_targets_csv(tmp_path, capsys):
     assert "label target [eV]: min 1.5, median 2.5, max 3.5" in screen
     assert "2 elements: Na Cl; atoms per cell: median 2, max 2; 2 duplicate structures" in screen
     assert {k: v.tolist() for k, v in data.make_splits(crystals).items()} == {"train": [0], "val": [1], "test": [2]}
-    data.write_skipped(tmp_path / "skipped.csv", crystals)
+    write_skipped(tmp_path / "skipped.csv", crystals.skipped)
     with open(tmp_path / "skipped.csv", newline="") as f:
         assert list(csv.reader(f)) == [["id", "reason"], *map(list, crystals.skipped)]
 
@@ -264,49 +267,49 @@ def test_folder_with_targets_csv(tmp_path, capsys):
 def test_cgcnn_id_prop_csv(tmp_path):
     cif_and_poscar(tmp_path)
     (tmp_path / "id_prop.csv").write_text("salt,-1.25\nplain,2\n")
-    crystals = data.load(data.get_task("own", data=tmp_path), quiet=True)
+    crystals = load_crystals(get_task("own", data=tmp_path), quiet=True)
     assert crystals.ids == ["salt", "plain"] and crystals.y.tolist() == [-1.25, 2.0]
 
 
 def test_targets_csv_without_its_header_is_an_error(tmp_path):
     (tmp_path / "targets.csv").write_text("salt.cif,1\n")
     with pytest.raises(ValueError, match="the first line is 'salt.cif,1'; it should name the columns id,file,target"):
-        data.load(data.get_task("own", data=tmp_path), quiet=True)
+        load_crystals(get_task("own", data=tmp_path), quiet=True)
 
 
 def test_a_changed_structure_file_is_read_again(tmp_path):
     cif_and_poscar(tmp_path)
     (tmp_path / "targets.csv").write_text("id,file,target\na,plain.json,1\n")
-    task = data.get_task("own", data=tmp_path)
-    assert data.load(task, quiet=True).Z[0].tolist() == [11, 17]
+    task = get_task("own", data=tmp_path)
+    assert load_crystals(task, quiet=True).Z[0].tolist() == [11, 17]
     (tmp_path / "plain.json").write_text((tmp_path / "plain.json").read_text().replace('"Cl"', '"F"'))
-    assert data.load(task, quiet=True).Z[0].tolist() == [11, 9]
+    assert load_crystals(task, quiet=True).Z[0].tolist() == [11, 9]
 
 
 def test_a_bare_folder_or_file_is_for_prediction(tmp_path):
     cif_and_poscar(tmp_path)
     (tmp_path / "notes.txt").write_text("not a structure")
-    crystals = data.load(data.get_task("own", data=tmp_path), need_target=False, quiet=True)
+    crystals = load_crystals(get_task("own", data=tmp_path), need_target=False, quiet=True)
     assert crystals.ids == ["POSCAR_salt", "plain", "salt"] and np.isnan(crystals.y).all()
     for name in ("salt.cif", "POSCAR_salt", "plain.json"):
-        assert data.load(data.get_task("own", data=tmp_path / name), need_target=False, quiet=True).Z[0].tolist() == [
+        assert load_crystals(get_task("own", data=tmp_path / name), need_target=False, quiet=True).Z[0].tolist() == [
             11,
             17,
         ]
     with pytest.raises(ValueError, match="which column is the label.*--target-column"):
-        data.load(data.get_task("own", data=tmp_path), quiet=True)
+        load_crystals(get_task("own", data=tmp_path), quiet=True)
 
 
 def test_a_folder_without_structures_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no structures .CIF, POSCAR, JSON, xyz. and no targets.csv"):
-        data.load(data.get_task("own", data=tmp_path / "empty"), need_target=False, quiet=True)
+        load_crystals(get_task("own", data=tmp_path / "empty"), need_target=False, quiet=True)
 
 
 def test_a_poscar_without_element_names_is_skipped(tmp_path):
     (tmp_path / "POSCAR").write_text("x\n1\n4 0 0\n0 4 0\n0 0 4\n1 1\ndirect\n0 0 0\n0.5 0.5 0.5\n")
     with pytest.raises(ValueError, match="none of 1 rows can be used .unreadable structure 1"):
-        data.load(data.get_task("own", data=tmp_path / "POSCAR"), need_target=False, quiet=True)
+        load_crystals(get_task("own", data=tmp_path / "POSCAR"), need_target=False, quiet=True)
 
 
 def test_extxyz_gives_energies_and_forces(tmp_path):
@@ -322,10 +325,10 @@ def test_extxyz_gives_energies_and_forces(tmp_path):
         atoms.calc = SinglePointCalculator(atoms, energy=-float(i), forces=np.full((2, 3), 0.1 * i))
         frames.append(atoms)
     write(tmp_path / "md.extxyz", frames)
-    crystals = data.load(data.get_task("md", data=tmp_path / "md.extxyz"), quiet=True)
+    crystals = load_crystals(get_task("md", data=tmp_path / "md.extxyz"), quiet=True)
     assert (
         crystals.y.tolist() == [0.0, -1.0, -2.0]
-        and data.unit_of(crystals.task) == "eV"
+        and unit_of(crystals.task) == "eV"
         and crystals.task.pooling == "sum"
     )
     np.testing.assert_allclose(crystals.forces[2], 0.2)
@@ -334,11 +337,11 @@ def test_extxyz_gives_energies_and_forces(tmp_path):
 
 def test_a_slab_gets_vacuum_where_it_is_not_periodic():
     cell = np.array([[3.0, 0, 0], [1.0, 3.0, 0], [0, 0, 0]])
-    Z, pos, full = data.to_arrays(
+    Z, pos, full = to_arrays(
         (np.array([6, 6]), np.array([[0, 0, 0], [0, 0, 2.0]]), cell, np.array([True, True, False]))
     )
     np.testing.assert_allclose(full[:2], cell[:2])
-    np.testing.assert_allclose(np.abs(full[2]), [0, 0, 2.0 + data.VACUUM], atol=1e-12)
+    np.testing.assert_allclose(np.abs(full[2]), [0, 0, 2.0 + VACUUM], atol=1e-12)
     step = (pos[1] - pos[0]) @ np.linalg.inv(full)
     np.testing.assert_allclose(np.abs((step - np.rint(step)) @ full), [0, 0, 2.0], atol=1e-9)
 
@@ -351,7 +354,7 @@ def test_a_molecule_has_no_cell(tmp_path):
         ]
     }
     path = write_table(tmp_path / "t.json.gz", ["molecule", "u0"], [[water, -3.0]])
-    crystals = data.load(data.get_task("own", data=path), quiet=True)
+    crystals = load_crystals(get_task("own", data=path), quiet=True)
     assert not crystals.pbc[0] and not crystals.cell[0].any() and crystals.Z[0].tolist() == [8, 1, 1]
 
 
@@ -360,12 +363,12 @@ def test_force_columns_and_subsets(tmp_path):
     for subset, forces in (("a", zeros), ("b", zeros), ("a", [[0.0, 0, 0]]), ("a", None)):
         rows.append([crystal(), -1.0, forces, subset])
     path = write_table(tmp_path / "ff.json.gz", ["structure", "energy", "forces", "subset"], rows)
-    task = data.get_task("ff", data=path, target_column="energy", forces_column="forces", subset="a")
-    crystals = data.load(task, quiet=True)
+    task = get_task("ff", data=path, target_column="energy", forces_column="forces", subset="a")
+    crystals = load_crystals(task, quiet=True)
     assert crystals.row.tolist() == [0] and crystals.forces[0][1, 2] == 0.5
     assert [r.split(":")[0] for _, r in crystals.skipped] == ["no forces", "no forces"]
     with pytest.raises(ValueError, match="no row has subset z; there are a, b"):
-        data.load(data.get_task("ff", data=path, target_column="energy", subset="z"), quiet=True)
+        load_crystals(get_task("ff", data=path, target_column="energy", subset="z"), quiet=True)
 
 
 # ---------------------------------------------------------------- rows that cannot be used
@@ -390,7 +393,7 @@ def test_an_unusable_structure_is_skipped_by_rule(tmp_path, rule):
     assert crystals.row.tolist() == [0, 2] and crystals.num_rows == 3
     assert [(i, r.split(":")[0]) for i, r in crystals.skipped] == [("n1", rule)]
     with pytest.raises(ValueError, match=rf"row 1 \(id n1\): {rule}.*--on-error skip"):
-        data.load(data.get_task("own", data=path, id_column="name"), on_error="stop", quiet=True)
+        load_crystals(get_task("own", data=path, id_column="name"), on_error="stop", quiet=True)
 
 
 def test_a_label_that_cannot_be_used_is_skipped_by_rule(tmp_path):
@@ -406,7 +409,7 @@ def test_a_label_that_cannot_be_used_is_skipped_by_rule(tmp_path):
         "label is not a number: inf",
     ]
     assert len(load_table(path).y) == 3
-    everything = data.load(data.get_task("own", data=path, transform="log"), need_target=False, quiet=True)
+    everything = load_crystals(get_task("own", data=path, transform="log"), need_target=False, quiet=True)
     assert len(everything) == 6 and np.isfinite(everything.y).sum() == 1
 
 
@@ -425,15 +428,15 @@ def test_close_atoms_agree_with_all_images_in_skewed_cells():
             continue
         frac = rng.random((2, 3))
         frac[1] = frac[0] + (rng.normal(size=3) * 0.06) @ np.linalg.inv(cell) + rng.integers(-1, 2, 3)
-        pos = data.wrap(frac) @ cell
+        pos = wrap(frac) @ cell
         shift = images @ cell
         between = np.linalg.norm(pos[1] - pos[0] + shift, axis=1).min()
         itself = np.sort(np.linalg.norm(shift, axis=1))[1]
         nearest = min(between, itself)
         try:
-            data.check_distances(pos, cell)
+            check_distances(pos, cell)
             refused = False
-        except data.Skip:
+        except Skip:
             refused = True
         assert refused == (nearest < 0.1), nearest
         seen.add(refused)
@@ -443,14 +446,14 @@ def test_close_atoms_agree_with_all_images_in_skewed_cells():
 def test_large_cells_are_checked_in_pieces():
     n = 1200
     pos = np.column_stack([np.arange(n), np.zeros(n), np.zeros(n)])
-    data.check_distances(pos, np.zeros((3, 3)))
-    with pytest.raises(data.Skip, match="atoms closer than 0.1 A: 0.050 A"):
-        data.check_distances(np.vstack([pos, [[n - 1.05, 0, 0]]]), np.diag([2.0 * n, 50, 50]))
+    check_distances(pos, np.zeros((3, 3)))
+    with pytest.raises(Skip, match="atoms closer than 0.1 A: 0.050 A"):
+        check_distances(np.vstack([pos, [[n - 1.05, 0, 0]]]), np.diag([2.0 * n, 50, 50]))
 
 
 def test_wrapping_leaves_no_atom_on_the_far_face():
     frac = np.array([[1.0, -1e-17, 1 - 1e-12], [-0.25, 2.5, 1e-12], [-1e-10, 3.0, 0.999]])
-    wrapped = data.wrap(frac)
+    wrapped = wrap(frac)
     np.testing.assert_allclose(wrapped, [[0, 0, 0], [0.75, 0.5, 0], [0, 0, 0.999]], atol=1e-11)
     assert (wrapped >= 0).all() and (wrapped < 1).all()
 
@@ -470,19 +473,19 @@ def test_a_data_set_that_is_nowhere_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("MATMINER_DATA", str(tmp_path))
     monkeypatch.setattr(data, "fetch", lambda name, path: "no network")
     with pytest.raises(FileNotFoundError) as error:
-        data.load(data.get_task("mp_phonons"))
+        load_crystals(get_task("mp_phonons"))
     text = str(error.value)
     for part in ("'matbench_phonons'", str(tmp_path), "no network", "MATMINER_DATA", "--data demo", "make demo"):
         assert part in text
     assert "\n" not in text
     (tmp_path / "tasks.json").write_text('{"mp_phonons": {"data": "other.json.gz", "target_column": "y"}}')
     with pytest.raises(FileNotFoundError, match="tasks.json offers mp_phonons from another file: pass --tasks"):
-        data.load(data.get_task("mp_phonons"))
+        load_crystals(get_task("mp_phonons"))
 
 
 def test_a_data_set_that_matminer_does_not_know_is_not_fetched(tmp_path):
     pytest.importorskip("matminer")
-    assert data.fetch("no_such_data_set", tmp_path / "x.json.gz") == "matminer does not know it"
+    assert fetch("no_such_data_set", tmp_path / "x.json.gz") == "matminer does not know it"
 
 
 @pytest.mark.parametrize("content, kept", [(b"good", True), (b"bad", False)])
@@ -493,7 +496,7 @@ def test_a_download_is_kept_only_with_the_right_hash(tmp_path, monkeypatch, cont
     (tmp_path / "server").write_bytes(content)
     attributes = {"url": (tmp_path / "server").as_uri(), "hash": hashlib.sha256(b"good").hexdigest()}
     monkeypatch.setattr(matminer, "get_dataset_attribute", lambda name, key: attributes[key])
-    why = data.fetch("matbench_phonons", tmp_path / "home/x.json.gz")
+    why = fetch("matbench_phonons", tmp_path / "home/x.json.gz")
     assert (why == "") == kept == (tmp_path / "home/x.json.gz").exists()
     assert len(list((tmp_path / "home").iterdir())) == kept
 
@@ -501,7 +504,7 @@ def test_a_download_is_kept_only_with_the_right_hash(tmp_path, monkeypatch, cont
 def test_a_missing_file_is_not_taken_for_a_data_set(tmp_path):
     for name in ("gone.json.gz", str(tmp_path / "gone")):
         with pytest.raises(FileNotFoundError, match="gone.*no such file or folder"):
-            data.load(data.get_task("own", data=name))
+            load_crystals(get_task("own", data=name))
 
 
 # ---------------------------------------------------------------- splits, duplicates, batches
@@ -518,7 +521,7 @@ def test_random_splits_are_70_15_15_and_follow_the_seed(tmp_path):
     assert sorted(np.concatenate(list(a.values()))) == list(range(100))
     assert all((a[k] == b[k]).all() for k in a) and not all((a[k] == c[k]).all() for k in a)
     with pytest.raises(ValueError, match="2 usable rows; three parts need at least 3"):
-        data.make_splits(data.subset(crystals, [0, 1]))
+        data.make_splits(subset(crystals, [0, 1]))
 
 
 def test_split_files_count_rows_of_the_source(tmp_path, capsys):
@@ -574,11 +577,11 @@ def test_the_content_key_sees_every_atom():
     Z, pos, cell = np.array([1, 2]), np.zeros((2, 3)), np.eye(3)
     moved = pos.copy()
     moved[1, 2] = 1e-12
-    assert data.structure_hash(Z, pos, cell) == data.structure_hash(Z.copy(), pos.copy(), cell.copy())
+    assert structure_hash(Z, pos, cell) == structure_hash(Z.copy(), pos.copy(), cell.copy())
     assert (
         len(
             {
-                data.structure_hash(*s)
+                structure_hash(*s)
                 for s in ((Z, pos, cell), (Z[::-1], pos, cell), (Z, moved, cell), (Z, pos, 2 * cell))
             }
         )
@@ -588,10 +591,10 @@ def test_the_content_key_sees_every_atom():
 
 def test_a_subset_keeps_rows_together(tmp_path):
     crystals = many(tmp_path, 10)
-    part = data.subset(crystals, [7, 2])
+    part = subset(crystals, [7, 2])
     assert part.ids == ["n7", "n2"] and part.row.tolist() == [7, 2] and part.y.tolist() == [8.0, 3.0]
     assert part.num_rows == 10 and part.fingerprint != crystals.fingerprint
-    assert data.subset(crystals, range(10)).fingerprint == crystals.fingerprint
+    assert subset(crystals, range(10)).fingerprint == crystals.fingerprint
 
 
 def test_batches_keep_the_budget_of_atoms():
@@ -612,7 +615,7 @@ def test_shuffled_batches_hold_every_crystal_once_and_follow_the_seed():
 def test_the_second_load_reads_the_cache_and_a_changed_file_does_not(tmp_path, monkeypatch):
     path = table_of(tmp_path, [crystal(), BAD["disordered site"]])
     first = load_table(path)
-    parse, calls = data.to_arrays, []
+    parse, calls = to_arrays, []
     monkeypatch.setattr(data, "to_arrays", lambda s: calls.append(1) or parse(s))
     again = load_table(path)
     assert not calls and again.fingerprint == first.fingerprint and again.skipped == first.skipped
@@ -683,7 +686,7 @@ def test_graphs_are_stored_and_read_back(tmp_path, monkeypatch):
         for key, value in record.items():
             np.testing.assert_array_equal(value, expected[i][key])
             assert np.asarray(value).dtype == np.asarray(expected[i][key]).dtype
-    assert dataset.hashes[2] == data.structure_hash(crystals.Z[2], crystals.pos[2], crystals.cell[2])
+    assert dataset.hashes[2] == structure_hash(crystals.Z[2], crystals.pos[2], crystals.cell[2])
     with pytest.raises(IndexError):
         dataset[12]
 
@@ -693,13 +696,13 @@ def test_graphs_are_built_once_for_the_same_structures_and_settings(tmp_path, mo
     monkeypatch.setattr(data, "build_graphs", stand_in(calls))
     crystals = one_to_four_atoms(tmp_path)
     data.GraphDataset(crystals, Settings(), quiet=True)
-    relabelled = data.Crystals(
+    relabelled = Crystals(
         crystals.task, crystals.ids, crystals.Z, crystals.pos, crystals.cell, crystals.pbc, crystals.y + 1, crystals.row
     )
     dataset = data.GraphDataset(relabelled, Settings(), quiet=True)
     assert len(calls) == 12 and dataset[0]["y"] == crystals.y[0] + 1
     data.GraphDataset(crystals, Settings(cutoff=7.0), quiet=True)
-    data.GraphDataset(data.subset(crystals, range(6)), Settings(), quiet=True)
+    data.GraphDataset(subset(crystals, range(6)), Settings(), quiet=True)
     assert len(calls) == 12 + 12 + 6
 
 
@@ -791,7 +794,7 @@ SIZES = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_target_statistics(name):
     mean, std = PUBLISHED[name]
-    crystals = data.load(data.get_task(name, REAL / "tasks.json"), quiet=True)
+    crystals = load_crystals(get_task(name, REAL / "tasks.json"), quiet=True)
     tolerance = 0.01 if name == "expt_bandgap" else 2e-4
     kept = crystals.y
     if (SPLITS / name).exists():  # the published numbers leave out the up to two rows that are in no part
@@ -806,7 +809,7 @@ def test_published_target_statistics(name):
 @real
 def test_hub_targets_are_near_the_published_statistics():
     for name, mean, std in (("mp_gvrh", 1.5536, 0.3716), ("castelli_eform", 1.4709, 0.7425)):
-        y = data.load(data.get_task(name, REAL / "tasks.json"), quiet=True).y
+        y = load_crystals(get_task(name, REAL / "tasks.json"), quiet=True).y
         assert abs(y.mean() - mean) < 0.02 and abs(y.std() - std) < 0.02
 
 
@@ -814,7 +817,7 @@ def test_hub_targets_are_near_the_published_statistics():
 def test_force_field_tables_have_forces(monkeypatch):
     monkeypatch.setenv("MATMINER_DATA", str(REAL))
     for name, rows in (("ff_aspirin", 1000), ("ff_ethanol", 1000), ("ff_solvents", 400), ("ff_mad", 898)):
-        crystals = data.load(data.get_task(name), quiet=True)
+        crystals = load_crystals(get_task(name), quiet=True)
         assert len(crystals) == rows and all(f.shape == p.shape for f, p in zip(crystals.forces, crystals.pos))
         assert crystals.pbc.all() == (name == "ff_mad")
 
@@ -823,9 +826,9 @@ def test_force_field_tables_have_forces(monkeypatch):
 def test_fast_reading_equals_pymatgen():
     pymatgen = pytest.importorskip("pymatgen.core")
     for i, (structure, _) in enumerate(
-        data.table_rows(REAL / "dielectric_constant.json.gz", data.TASKS["mp_poly_total"])
+        table_rows(REAL / "dielectric_constant.json.gz", TASKS["mp_poly_total"])
     ):
-        Z, pos, cell = data.to_arrays(structure)
+        Z, pos, cell = to_arrays(structure)
         built = pymatgen.Structure.from_dict(structure)
         assert Z.tolist() == list(built.atomic_numbers)
         np.testing.assert_allclose(cell, built.lattice.matrix, atol=1e-12)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data import GraphConfig, build_graphs, collate, edge_vectors, radius_graph, wrap
+from crystals import wrap
+from data import GraphConfig, build_graphs, collate, edge_vectors, radius_graph
 
 PERIODIC = ["NaCl", "SrTiO3", "bcc Fe", "rattled NaCl", "rattled SrTiO3", "triclinic", "thin", "60 atoms"]
 EVERY = [*PERIODIC, "isolated atom", "water"]

@@ -16,7 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 import hub
+import import_published
 import model as moma
+from tasks import TASKS, unit_of
 import parity
 import published
 import train_module as tm
@@ -41,7 +43,7 @@ def modules(tmp_path_factory):
     """A folder of the 18 files, and what is in them."""
     folder = tmp_path_factory.mktemp("released")
     contents = {}
-    for i, name in enumerate(hub.MOMA):
+    for i, name in enumerate(import_published.MOMA):
         contents[name] = published.moma_checkpoint(TINY, seed=i, prefix="module." * (1 + i % 2))
         torch.save(contents[name], folder / f"{name}.pt")
     return folder, contents
@@ -84,7 +86,7 @@ def test_a_checkpoint_becomes_theta_0_with_its_averaged_weights(run, checkpoint,
     named = dict(published.random_model(TINY | {"forces": True}).named_parameters())
     order = [n for n in named if n.startswith("backbone.")]
     ema = dict(zip(order, checkpoint["optimizer_states"][0]["ema"]))
-    raw, _ = hub.rename_published(checkpoint["state_dict"])
+    raw, _ = import_published.rename_published(checkpoint["state_dict"])
     for name, t in theta.state_dict().items():
         assert torch.equal(t, ema.get(f"backbone.{name}", raw[f"backbone.{name}"])), name
     assert not torch.equal(theta.embedding.weight, raw["backbone.embedding.weight"])
@@ -108,7 +110,7 @@ def test_every_key_is_counted_once(run, checkpoint, tmp_path):
 def test_raw_weights_and_forces_on_request(run, checkpoint, tmp_path):
     assert run("import", saved(tmp_path, checkpoint), "--no-ema", "--keep-forces")[0] == 0
     theta, card = tm.load_backbone(tmp_path / "hub")
-    raw, _ = hub.rename_published(checkpoint["state_dict"])
+    raw, _ = import_published.rename_published(checkpoint["state_dict"])
     ours = {f"backbone.{n}": t for n, t in theta.state_dict().items()}
     assert card["architecture"]["forces"] and card["training"] == {"weights": "raw"}
     assert ours.keys() == {n for n in raw if n.startswith("backbone.")}
@@ -147,7 +149,7 @@ def test_wrong_keys_and_values_are_refused_by_name(run, checkpoint, tmp_path, ch
 
 def test_widths_are_read_by_majority_so_the_odd_tensor_is_named(run, checkpoint, tmp_path):
     for key, t in checkpoint["state_dict"].items():
-        wrong = hub.place(key)[0] == "backbone" and t.dim() == 2 and ".int_blocks.0." in key
+        wrong = import_published.place(key)[0] == "backbone" and t.dim() == 2 and ".int_blocks.0." in key
         if wrong and key.endswith(("dense_ca.linear.weight", "before_skip.0.dense_mlp.1.linear.weight")):
             err = refused(run, saved(tmp_path, checkpoint, **{key: torch.ones(len(t) + 1, t.shape[1])}))
             assert f"(1 of other shape: {key} " in err, err
@@ -265,17 +267,17 @@ def test_the_released_modules_become_a_hub(run, modules, tmp_path):
     code, out, err = run("import", folder, "--released-moma")
     assert (code, err) == (0, "")
     cards = hub.list_modules(tmp_path / "hub")
-    assert list(cards) == sorted(n.lower() for n in hub.MOMA) and len(cards) == 18
+    assert list(cards) == sorted(n.lower() for n in import_published.MOMA) and len(cards) == 18
     hub.check_compatible(cards, tmp_path / "hub")
-    assert {c["backbone_sha256"] for c in cards.values()} == {hub.DECLARED}
+    assert {c["backbone_sha256"] for c in cards.values()} == {import_published.DECLARED}
     for name, content in contents.items():
-        card, task = cards[name.lower()], data.TASKS[name]
+        card, task = cards[name.lower()], TASKS[name]
         assert (card["property"], card["transform"], card["pooling"]) == (name, task.transform, "mean")
-        assert card["unit"] == data.unit_of(task) and task.role == "hub"
-        assert (card["normalizer_mean"], card["normalizer_std"]) == hub.MOMA[name]
+        assert card["unit"] == unit_of(task) and task.role == "hub"
+        assert (card["normalizer_mean"], card["normalizer_std"]) == import_published.MOMA[name]
         assert card["license_weights"] == "CC BY-NC-SA 4.0"
         assert card["source_sha256"] == hub.sha256(folder / f"{name}.pt")
-        raw, _ = hub.rename_published(content["state_dict"])
+        raw, _ = import_published.rename_published(content["state_dict"])
         tensors = hub.load_tensors(tmp_path / "hub" / name.lower())
         assert tensors.keys() == moma.build_backbone(TINY).state_dict().keys()
         assert all(torch.equal(t, raw[f"backbone.{n}"]) for n, t in tensors.items())
@@ -309,17 +311,17 @@ def test_modules_and_a_theta_0_of_other_sizes_do_not_mix(run, modules, checkpoin
     assert run("import", *two)[0] == 0
     assert "has other tensors" in refused(run, path, "--keep-forces")
     card = hub.read_card(tmp_path / "old/backbone") | {"architecture": TINY}  # the right sizes, but trained here
-    tensors, _ = hub.rename_published(modules[1]["mp_eform"]["state_dict"])
+    tensors, _ = import_published.rename_published(modules[1]["mp_eform"]["state_dict"])
     tensors = {n.removeprefix("backbone."): t for n, t in tensors.items()}
     hub.save(tmp_path / "own/backbone", tensors, {k: v for k, v in card.items() if not k.startswith("source")})
     with pytest.raises(ValueError, match="not an imported JMP"):
-        hub.import_moma(argparse.Namespace(name=[str(two[0]), "mp_eform"], hub=tmp_path / "own", trust_pickle=False))
+        import_published.import_moma(argparse.Namespace(name=[str(two[0]), "mp_eform"], hub=tmp_path / "own", trust_pickle=False))
 
 
 def test_missing_stray_and_odd_modules_are_named(run, modules, checkpoint, tmp_path):
     folder = tmp_path / "some"
     folder.mkdir()
-    for name in list(hub.MOMA)[:3]:
+    for name in list(import_published.MOMA)[:3]:
         (folder / f"{name}.pt").write_bytes((modules[0] / f"{name}.pt").read_bytes())
     assert "has no mp_kvrh.pt, n_e_cond.pt, p_e_cond.pt and 12 more" in refused(run, folder, "--released-moma")
     assert "other_task: not a released module" in refused(run, folder, "other_task", "--released-moma")
@@ -358,16 +360,16 @@ def test_the_files_made_here_have_the_listed_keys(preset, listed):
     state = published.published_state(model)
     assert {k: list(t.shape) for k, t in state.items()} == {k["key"]: k["shape"] for k in listed["keys"]}
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    _, keys = hub.rename_published(state, published.TASKS)
+    _, keys = import_published.rename_published(state, published.TASKS)
     assert [keys[names[id(p)]] for p in model.parameters()] == listed["parameter_order"]
 
 
 def test_presets_and_other_sizes_are_recognised():
     for arch in (moma.preset("base"), moma.preset("large"), moma.preset("base", forces=True), TINY,
                  TINY | {"emb_size_edge": TINY["emb_size_atom"]}):  # fmt: skip
-        assert hub.architecture_of(hub.shapes_of(json.dumps(arch))) == arch
+        assert import_published.architecture_of(import_published.shapes_of(json.dumps(arch))) == arch
     arch = moma.preset("base", quad_interaction=False)
-    assert hub.architecture_of(hub.shapes_of(json.dumps(arch))) == arch | {"preset": "custom"}
+    assert import_published.architecture_of(import_published.shapes_of(json.dumps(arch))) == arch | {"preset": "custom"}
 
 
 def test_full_size_jmp_s_in_little_memory(tmp_path):

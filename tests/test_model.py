@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import model as M
 import train_module as tm
-from data import GraphConfig, build_graphs, collate, wrap
+from crystals import wrap
+from data import GraphConfig, build_graphs, collate
 
 PERIODIC = ["NaCl", "SrTiO3", "bcc Fe", "rattled NaCl", "rattled SrTiO3", "triclinic", "thin"]
 EVERY = [*PERIODIC, "isolated atom", "water"]

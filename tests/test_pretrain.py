@@ -6,6 +6,9 @@ import sys
 
 import demo
 import hub
+from crystals import Crystals
+from stage import main
+from tasks import Task
 import numpy as np
 import pretrain
 import pytest
@@ -35,8 +38,8 @@ def crystals(Z, y, unit="eV", forces=None, **task):
     """Molecules of the given atomic numbers, atoms 1 A apart on a line."""
     M = len(Z)
     pos = [np.arange(len(z))[:, None] * np.array([1.0, 0.0, 0.0]) for z in Z]
-    return data.Crystals(
-        data.Task("made_up", unit=unit, **task), [f"m{i}" for i in range(M)], [np.array(z) for z in Z], pos,
+    return Crystals(
+        Task("made_up", unit=unit, **task), [f"m{i}" for i in range(M)], [np.array(z) for z in Z], pos,
         [np.zeros((3, 3))] * M, np.zeros(M, dtype=bool), np.array(y, dtype=float), np.arange(M), forces=forces,
     )  # fmt: skip
 
@@ -153,7 +156,7 @@ def history(folder):
 
 
 def two_springs(task, *args, **kwargs):
-    """Stands in for data.load: dimers with a spring (energies and forces) and one-atom cells that resist compression."""
+    """Stands in for load_crystals: dimers with a spring (energies and forces) and one-atom cells that resist compression."""
     d = np.random.default_rng(0).uniform(2.0, 3.0, 100)  # A; bond length, edge of the cell; 3 is relaxed
     if task.name == "dimers":
         c = crystals([[1, 8]] * 100, -20 + 4 * (d - 3) ** 2)
@@ -166,7 +169,7 @@ def two_springs(task, *args, **kwargs):
 
 
 def test_a_run_lowers_the_error_of_both_sets_and_writes_theta_0(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "find_task", lambda name, cfg: data.Task(name))
+    monkeypatch.setattr(pretrain, "find_task", lambda name, cfg: Task(name))
     monkeypatch.setattr(data, "load", two_springs)
     card = pretrain.run(config(tmp_path, sets="dimers,cells", epochs=8, batch_size=8))
     h = history(tmp_path)
@@ -283,6 +286,6 @@ def test_cgcnn_learns_from_the_energies_alone(tmp_path):
 def test_wrong_input_is_one_line_and_exit_2(tmp_path, capsys, flags, says):
     argv = ["--data", "demo", "--sets", SETS, "--hub", str(tmp_path / "hub"), "--preset", "tiny", "--quiet", *flags]
     with pytest.raises(SystemExit) as stop:
-        train_module.main(pretrain.run, pretrain.Config, pretrain.__doc__, argv)
+        main(pretrain.run, pretrain.Config, pretrain.__doc__, argv)
     line = capsys.readouterr().err
     assert stop.value.code == 2 and says in line and line.count("\n") == 1

@@ -11,6 +11,7 @@ import compose
 import demo
 import finetune
 import hub
+from stage import main
 import predict
 import pretrain
 import train_module as tm
@@ -21,7 +22,7 @@ SMALL = ["--data", "demo", "--limit", "24", "--quiet"]
 def call(stage, *argv):
     """python STAGE.py ARGV; the exit code."""
     with pytest.raises(SystemExit) as stop:
-        tm.main(stage.run, stage.Config, stage.__doc__, [*map(str, argv)])
+        main(stage.run, stage.Config, stage.__doc__, [*map(str, argv)])
     return stop.value.code or 0
 
 

@@ -22,6 +22,8 @@ from torch import nn
 import finetune
 import hub
 import model as moma
+from files import write_atomic
+from stage import claim, main, parse
 import predict
 import train_module as tm
 
@@ -163,27 +165,27 @@ DOC = "Do a thing.\n\n    python thing.py --task a\n\nMore words."
 
 
 def test_flags_come_from_the_fields_with_hyphens_or_underscores():
-    cfg = tm.parse(Settings, DOC, ["--task", "b_c", "--batch_size=8", "--quiet", "--lr", "1e-3"])
+    cfg = parse(Settings, DOC, ["--task", "b_c", "--batch_size=8", "--quiet", "--lr", "1e-3"])
     assert cfg == Settings("b_c", "full", 8, 1e-3, True)
-    assert tm.parse(Settings, DOC, ["--batch-size", "9", "--no-quiet"]).batch_size == 9
+    assert parse(Settings, DOC, ["--batch-size", "9", "--no-quiet"]).batch_size == 9
 
 
 def test_help_fits_a_screen_and_ends_with_the_example(capsys):
     for Config, doc in ((Settings, DOC), (tm.Config, tm.__doc__), (finetune.Config, finetune.__doc__)):
         with pytest.raises(SystemExit):
-            tm.parse(Config, doc, ["--help"])
+            parse(Config, doc, ["--help"])
         lines = capsys.readouterr().out.rstrip().splitlines()
         assert len(lines) <= 55 and max(map(len, lines)) <= 120
         assert lines[-1].startswith("    python")
     with pytest.raises(SystemExit):
-        tm.parse(Settings, DOC, ["--help"])
+        parse(Settings, DOC, ["--help"])
     assert "[4] crystals" in capsys.readouterr().out
 
 
 def test_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"task": "x", "lr": 2, "batch_size": 16}))
-    cfg = tm.parse(Settings, DOC, ["--config", str(path), "--task", "y"])
+    cfg = parse(Settings, DOC, ["--config", str(path), "--task", "y"])
     assert (cfg.task, cfg.lr, cfg.batch_size) == ("y", 2, 16)
 
 
@@ -201,12 +203,12 @@ def test_config_file_with_a_wrong_setting_is_refused(tmp_path, settings, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=words):
-        tm.parse(Settings, DOC, ["--config", str(path)])
+        parse(Settings, DOC, ["--config", str(path)])
 
 
 def exit_of(run, argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        tm.main(run, Settings, DOC, argv)
+        main(run, Settings, DOC, argv)
     return stop.value.code or 0, capsys.readouterr().err.strip()
 
 
@@ -225,12 +227,12 @@ def test_exit_codes_and_one_line_errors(capsys, tmp_path):
     code, err = exit_of(interrupted, [], capsys)
     assert code == 130 and "--resume" in err
     with pytest.raises(ValueError):  # raised inside a library: a bug keeps its traceback
-        tm.main(lambda cfg: np.zeros(3).reshape(2, 2), Settings, DOC, [])
+        main(lambda cfg: np.zeros(3).reshape(2, 2), Settings, DOC, [])
 
 
 def test_a_second_run_into_a_folder_is_refused(tmp_path):
-    tm.claim(tmp_path, Settings())
-    other = f"import train_module as tm; from test_train import Settings; tm.claim({str(tmp_path)!r}, Settings())"
+    claim(tmp_path, Settings())
+    other = f"import train_module as tm; from test_train import Settings; claim({str(tmp_path)!r}, Settings())"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     result = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, env=env)
     assert result.returncode and "another run is writing here" in result.stderr
@@ -238,28 +240,28 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
 
 def test_two_processes_may_write_one_file_and_leave_nothing_else(tmp_path):
     """Two benchmarks side by side share the tables of their folder; claiming a folder clears what a kill left."""
-    other = f"import train_module as tm; tm.write_text({str(tmp_path / 'table.md')!r}, 'theirs')"
+    other = f"import train_module as tm; write_text({str(tmp_path / 'table.md')!r}, 'theirs')"
 
     def write(f):
         f.write(b"mine")
         subprocess.run([sys.executable, "-c", other], cwd=ROOT, check=True)
         assert (tmp_path / "table.md").read_text() == "theirs"
 
-    tm.write_atomic(tmp_path / "table.md", write)
+    write_atomic(tmp_path / "table.md", write)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"table.md": "mine"}
     (tmp_path / "last.pt.1.tmp").write_text("half")
-    tm.claim(tmp_path, Settings())
+    claim(tmp_path, Settings())
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
-    tm.claim(tmp_path, Settings())
+    claim(tmp_path, Settings())
     (tmp_path / "last.pt").touch()
     with pytest.raises(ValueError, match="--resume"):
-        tm.claim(tmp_path, Settings())
+        claim(tmp_path, Settings())
     with pytest.raises(ValueError, match="--lr was 0.5, now 0.1"):
-        tm.claim(tmp_path, Settings(lr=0.1), resume=True)
-    tm.claim(tmp_path, Settings(quiet=True), resume=True)
+        claim(tmp_path, Settings(lr=0.1), resume=True)
+    claim(tmp_path, Settings(quiet=True), resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["quiet"] is True
 
 
@@ -409,7 +411,7 @@ def test_config_and_splits_of_a_run_repeat_it_bit_for_bit(home, tmp_path):
     old = home.root / "tuned"
     new = tmp_path / "new"
     argv = ["--config", str(old / "config.json"), "--output", str(new), "--split-file", str(old / "splits.json")]
-    finetune.run(tm.parse(finetune.Config, finetune.__doc__, argv))
+    finetune.run(parse(finetune.Config, finetune.__doc__, argv))
     assert (new / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
 
 
