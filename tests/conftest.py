@@ -1,5 +1,7 @@
 """Shared by all tests: the repository on the path, one thread, crystals as (Z, pos, cell, periodic) in Å."""
 
+import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +11,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pytest
 import torch
+
+from crystals import load_crystals
+from tasks import get_task
 
 torch.set_num_threads(1)
 
@@ -56,3 +61,47 @@ def parity_file():
     if not path.is_file():
         pytest.skip("the parity file ../shared/reference/gemnet_oc_parity.pt is not here")
     return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------------------- tables of crystals
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOMA_CACHE", str(tmp_path / "cache"))
+
+
+def site(element, abc, occu=1):
+    return {"species": [{"element": element, "occu": occu}], "abc": list(abc)}
+
+
+def crystal(*sites, a=4.0):
+    """A cubic pymatgen dictionary; rocksalt-like pair without arguments."""
+    return {
+        "lattice": {"matrix": (a * np.eye(3)).tolist()},
+        "sites": list(sites or (site("Na", (0, 0, 0)), site("Cl", (0.5, 0.5, 0.5)))),
+    }
+
+
+def write_table(path, columns, rows):
+    with gzip.open(path, "wt") as f:
+        json.dump({"index": list(range(len(rows))), "columns": columns, "data": rows}, f)
+    return path
+
+
+def table_of(tmp_path, structures, labels=None):
+    labels = labels if labels is not None else [float(i + 1) for i in range(len(structures))]
+    return write_table(
+        tmp_path / "own.json.gz",
+        ["name", "structure", "y"],
+        [[f"n{i}", s, y] for i, (s, y) in enumerate(zip(structures, labels))],
+    )
+
+
+def load_table(path, **fields):
+    limit = fields.pop("limit", 0)
+    return load_crystals(get_task("own", data=str(path), id_column="name", **fields), limit=limit, quiet=True)
+
+
+def many(tmp_path, n=100, **kwargs):
+    return load_table(table_of(tmp_path, [crystal(a=3.0 + 0.1 * i) for i in range(n)]), **kwargs)
