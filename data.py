@@ -3,14 +3,13 @@
     dataset = GraphDataset(crystals, GraphConfig())
     batch = collate([dataset[i] for i in range(32)])
 
-M: crystals in a task. A: atoms. B: crystals in a batch. E: edges. Lengths in Å. Importing this file needs torch and
-numpy only.
+M: crystals in a task. A: atoms. B: crystals in a batch. E: edges. Lengths in Å. Importing this file needs
+torch and numpy only.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,72 +18,103 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crystals import Crystals, duplicate_key, structure_hash
-from files import cache_folder, cached_folder, progress
+from crystals import MAX_ATOMS, Crystals, duplicate_key, structure_hash
+from crystals import from_structures as from_structures  # users call it as data.from_structures
+from files import UserError, cache_folder, cached_folder, progress, read_json
 
 # ---------------------------------------------------------------- splits and batches
 
 
-def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
-    """{"train", "val", "test"}: positions into `crystals`. From a file, a split column, or 70/15/15 at random.
+PARTS = ("train", "val", "test")
+SPLIT_FORM = 'JSON {"train": [...], "val": [...], "test": [...]} with row numbers, or ids, in the lists'
 
-    split_file: JSON with a list for each part, of row numbers in the source or of ids. Rows that were skipped (or left
-    out by a limit) are dropped from it and counted on stderr.
+
+def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
+    """{"train", "val", "test"}: positions into `crystals`, from a file, a column or 70/15/15 at random.
+
+    split_file: JSON with a list for each part, of row numbers in the source or of ids. Rows that were skipped
+    (or left out by a limit) are dropped from it and counted on stderr. Raises UserError where a part is
+    empty.
     """
-    M, name = len(crystals), crystals.task.dataset
     if split_file:
         return read_split(crystals, Path(split_file))
-    if crystals.split and any(crystals.split):
-        names = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-        parts = {"train": [], "val": [], "test": []}
-        for i, part in enumerate(crystals.split):
-            if part and part.lower() not in names:
-                raise ValueError(f"{name}: split '{part}' of id {crystals.ids[i]} is not train, val or test")
-            if part:
-                parts[names[part.lower()]].append(i)
-        return checked({k: np.array(v, dtype=np.int64) for k, v in parts.items()}, f"{name}, column split")
+    if crystals.split and any(word.strip() for word in crystals.split):
+        return split_by_column(crystals)
+    M = len(crystals)
     if M < 3:
-        raise ValueError(f"task {crystals.task.name}: {M} usable rows; three parts need at least 3")
+        raise UserError(f"task {crystals.task.name}: {M} usable rows; three parts need at least 3")
     order = np.random.RandomState(split_seed).permutation(M)
     n = max(1, round(0.15 * M))
     return {"train": np.sort(order[2 * n :]), "val": np.sort(order[:n]), "test": np.sort(order[n : 2 * n])}
 
 
+def split_by_column(crystals):
+    source = f"{crystals.task.dataset}, column split"
+    names = {part: part for part in PARTS} | {"valid": "val", "validation": "val"}
+    parts = {part: [] for part in PARTS}
+    for i, word in enumerate(crystals.split):
+        name = names.get(word.strip().lower())
+        if not name:
+            raise UserError(f"{source}: '{word}' of id {crystals.ids[i]} is not train, val or test")
+        parts[name].append(i)
+    return checked(parts, source)
+
+
 def read_split(crystals, path: Path):
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        stored = {k: stored[k] for k in ("train", "val", "test")}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--split-file {path}: no such file") from None
-    except (ValueError, KeyError, TypeError):
-        form = '{"train": [...], "val": [...], "test": [...]}'
-        raise ValueError(f"--split-file {path}: should be JSON {form}") from None
-    by_id = any(isinstance(v, str) for part in stored.values() for v in part)
-    at = {key: i for i, key in enumerate(crystals.ids if by_id else crystals.row.tolist())}
-    if not by_id:
-        beyond = [r for part in stored.values() for r in part if not 0 <= r < crystals.num_rows]
-        if beyond:
-            table = f"the {crystals.num_rows} rows of {crystals.task.dataset}"
-            raise ValueError(f"--split-file {path}: row {beyond[0]} is not among {table}; it is for another table")
-    splits = {k: np.array([at[r] for r in part if r in at], dtype=np.int64) for k, part in stored.items()}
-    dropped = sum(map(len, stored.values())) - sum(map(len, splits.values()))
+    source = f"--split-file {path}"
+    stored = read_json(path, SPLIT_FORM)
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(part), list) for part in PARTS):
+        raise UserError(f"{source}: not {SPLIT_FORM}")
+    listed = [row for part in PARTS for row in stored[part]]
+    kind = type(listed[0]) if listed else int
+    wrong = [row for row in listed if type(row) is not kind or kind not in (int, str)]
+    if wrong:
+        raise UserError(f"{source}: {wrong[0]!r:.60} is listed; not {SPLIT_FORM}")
+    beyond = [row for row in listed if kind is int and not 0 <= row < crystals.num_rows]
+    if beyond:
+        table = f"the {crystals.num_rows} rows of {crystals.task.dataset}"
+        raise UserError(f"{source}: row {beyond[0]!r:.60} is not among {table}; it is for another table")
+    at = {key: i for i, key in enumerate(crystals.row.tolist() if kind is int else crystals.ids)}
+    parts = {part: [at[row] for row in stored[part] if row in at] for part in PARTS}
+    dropped = len(listed) - sum(map(len, parts.values()))
     if dropped:
         print(f"{path}: {dropped} of its rows were skipped or not loaded, and are left out", file=sys.stderr)
-    return checked(splits, f"--split-file {path}")
+    return checked(parts, source)
 
 
-def checked(splits, source):
-    for name in ("train", "val"):
-        if not len(splits[name]):
-            raise ValueError(f"{source}: no usable row in part '{name}'")
-    everything = np.concatenate(list(splits.values()))
-    if len(np.unique(everything)) < len(everything):
-        raise ValueError(f"{source}: a row is listed twice, so the parts overlap")
-    return splits
+def checked(parts, source):
+    for name, rows in parts.items():
+        if not rows:
+            raise UserError(f"{source}: no usable row in part '{name}'; training needs all three")
+    everything = sum(parts.values(), [])
+    if len(set(everything)) < len(everything):
+        raise UserError(f"{source}: a row is listed twice, so the parts overlap")
+    return {name: np.array(rows, dtype=np.int64) for name, rows in parts.items()}
+
+
+def few_shot(rows, n: int, seed: int):
+    """n random training rows, sorted; 0: all. Those of a smaller n are among those of a larger one."""
+    if not 0 <= n <= len(rows):
+        raise UserError(f"--few-shot {n}: the training split has {len(rows)} rows; 0 takes them all")
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:n]) if n else np.asarray(rows)
+
+
+def split_fingerprint(crystals, splits) -> dict:
+    """{part: sha256} over the structures and labels of its rows, whatever their order, numbers or ids."""
+
+    def content(i):
+        return (
+            f"{structure_hash(crystals.Z[i], crystals.pos[i], crystals.cell[i])} {float(crystals.y[i]).hex()}"
+        )
+
+    def digest(rows):
+        return hashlib.sha256("\n".join(sorted(map(content, rows))).encode()).hexdigest()
+
+    return {part: digest(rows) for part, rows in splits.items()}
 
 
 def report_duplicates(crystals, splits) -> int:
-    """How many val and test rows are the same structure as a row of an earlier part; one line on stderr if any."""
+    """How many val and test rows are the structure of a row of an earlier part; a line on stderr if any."""
     seen, total, lines = {}, 0, []
     for name, part in splits.items():
         keys = [duplicate_key(crystals.Z[i], crystals.pos[i], crystals.cell[i]) for i in part]
@@ -95,15 +125,16 @@ def report_duplicates(crystals, splits) -> int:
             seen.setdefault(k, name)
     if total:
         where = ", ".join(lines)
-        print(f"{crystals.task.name}: {total} structures occur in two parts of the split ({where})", file=sys.stderr)
+        what = f"{total} structures occur in two parts of the split ({where})"
+        print(f"{crystals.task.name}: {what}", file=sys.stderr)
     return total
 
 
 def batch_indices(num_atoms, indices, batch_size: int, max_atoms=0, generator=None) -> list:
     """Positions in batches of at most batch_size crystals and max_atoms atoms (0: no bound), in order.
 
-    num_atoms: (M,) atoms of every crystal, or edges for a budget of edges. A crystal above the budget is a batch of its
-    own. generator: torch.Generator, shuffles first.
+    num_atoms: (M,) atoms of every crystal. A crystal above the budget is a batch of its own. generator:
+    torch.Generator, shuffles first.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if generator is not None:
@@ -130,8 +161,9 @@ def to_device(batch: dict, device) -> dict:
 class GraphConfig:
     """The four graphs of GemNet-OC. Cutoffs in angstrom; max_neighbors per receiving atom.
 
-    main: edges that carry messages, symmetric. a2ee2a: neighbours for the atom-edge interactions. qint: the middle edge
-    of quadruplets. a2a: the long-range atom graph. The other three are selections of the a2a graph.
+    main: edges that carry messages, symmetric. a2ee2a: neighbours for the atom-edge interactions. qint: the
+    middle edge of quadruplets. a2a: the long-range atom graph. The other three are selections of the a2a
+    graph.
     """
 
     cutoff: float = 12.0
@@ -142,101 +174,165 @@ class GraphConfig:
     max_neighbors_a2ee2a: int = 20
     max_neighbors_qint: int = 8
     max_neighbors_a2a: int = 1000
-    graph_rule: str = "symmetric"  # or "published": exactly k, and of a pair only the lower-numbered atom chooses
+    graph_rule: str = "symmetric"  # or "published": exactly k, of a pair only the lower-numbered atom chooses
     a2ee2a: bool = True  # whether the model reads the graph at all
     qint: bool = True
     a2a: bool = True
 
 
+GRAPHS = ("main", "a2ee2a", "qint", "a2a")
 CACHE_VERSION = 2  # raise when build_graphs() writes something else
 TIE = 1e-3  # angstrom: neighbours this close to the k-th nearest count as equally near
+DENSE = 1 << 21  # pairs: up to here computing every distance is faster than bins; beyond it memory would grow
+MAX_PAIRS = 1 << 29  # looked at in bins; diamond has half as many in MAX_ATOMS atoms at 12 Å
 
 
 def radius_graph(pos, cell, periodic, r):
     """Every pair of atoms of one structure within r of each other, periodic images included.
 
-    pos (A, 3), cell (3, 3) with lattice vectors as rows; float64, angstrom; any atom may lie outside the cell. Returns
-    src, dst (E,), offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies within r of dst. Sorted by
-    dst, then src, then offset with the third axis fastest.
+    pos (A, 3), cell (3, 3) with lattice vectors as rows; float64, angstrom; any atom may lie outside the
+    cell. Returns src, dst (E,), offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies
+    within r of dst. Sorted by dst, then src, then offset with the third axis fastest. Raises UserError beyond
+    MAX_PAIRS.
     """
-    A, r2 = len(pos), (r + 1e-8) ** 2
-    offsets = torch.zeros(1, 3, dtype=torch.long)
+    src, offset = torch.arange(len(pos)), torch.zeros(len(pos), 3, dtype=torch.long)
+    image = pos
     if periodic:
-        inverse = torch.linalg.inv(cell)
-        frac = pos @ inverse
-        reach = r * inverse.norm(dim=0) + 1e-9  # r / height, height being the distance between opposite faces
-        low, high = frac.amin(0) - reach, frac.amax(0) + reach  # where an image must lie to be near some atom
-        first, last = (low - frac.amax(0)).ceil().int(), (high - frac.amin(0)).floor().int()
-        axes = [torch.arange(a, b + 1) for a, b in zip(first, last)]
-        offsets = torch.cartesian_prod(*axes)
-    src, n = torch.arange(A).repeat_interleave(len(offsets)), offsets.repeat(A, 1)
-    if periodic:
-        f = frac[src] + n
-        near = torch.nonzero(((f >= low) & (f <= high)).all(1)).squeeze(1)
-        src, n = src[near], n[near]
-    image = (pos[src] + n.to(pos.dtype) @ cell).T.contiguous()  # (3, J)
-    d2 = sum((image[i] - pos[:, i : i + 1]).square_() for i in range(3))  # (A, J)
-    dst, j = torch.nonzero((d2 <= r2) & (d2 > 1e-4), as_tuple=True)  # 1e-4: an atom is not its own neighbour
-    return src[j], dst, n[j], d2[dst, j].sqrt()
+        src, offset = images(pos, cell, r)
+        image = pos[src] + offset.to(pos.dtype) @ cell
+    search = pairs_of_all if len(pos) * len(image) <= DENSE else pairs_of_bins
+    dst, j, d2 = search(pos.T.contiguous(), image.T.contiguous(), r + 1e-8)
+    return src[j], dst, offset[j], d2.sqrt()
 
 
-def kth_distance(d, dst, order, first, count, k):
-    """Distance of every atom's k-th nearest neighbour; inf where it has no more than k. order sorts by (dst, d)."""
-    at = (first + k - 1).clamp(max=max(len(d) - 1, 0))
-    return torch.where(count > k, d[order[at]] if len(d) else math.inf, math.inf)
+def images(pos, cell, r):
+    """The periodic images that can be within r of an atom: source (J,) and offset (J, 3), sorted by both.
+
+    Those inside the box of the atoms' fractional coordinates, r wider on every side.
+    """
+    inverse = torch.linalg.inv(cell)
+    frac = pos @ inverse
+    reach = r * inverse.norm(dim=0) + 1e-9  # r / height, height being the distance between opposite faces
+    first = (frac.amin(0) - reach - frac).ceil().long()  # (A, 3) an atom's first offset along each axis
+    number = (frac.amax(0) + reach - frac).floor().long() - first + 1  # (A, 3) and how many there are
+    count = number.prod(1)
+    src = torch.arange(len(pos)).repeat_interleave(count)
+    _, ny, nz = number[src].unbind(1)
+    k = torch.arange(len(src)) - (count.cumsum(0) - count)[src]  # counts an atom's images: (x ny + y) nz + z
+    xy = k.div(nz, rounding_mode="floor")
+    offset = torch.stack([xy.div(ny, rounding_mode="floor"), xy % ny, k % nz], dim=1)
+    return src, offset + first[src]
+
+
+def pairs_of_all(pos, image, r):
+    """Pairs within r, from the distances of all: pos (3, A), image (3, J) -> dst (E,), j (E,) and d² (E,)."""
+    d2 = sum((x[None, :] - y[:, None]).square_() for x, y in zip(image, pos))  # (A, J)
+    dst, j = torch.nonzero(between(d2, r), as_tuple=True)
+    return dst, j, d2[dst, j]
+
+
+def pairs_of_bins(pos, image, r, block=1 << 20):
+    """As pairs_of_all, from the images in an atom's bin and the 26 around it: linear in the atoms.
+
+    Bins are cubes with sides of r, or wider where atoms are so far apart that their numbers would not fit. A
+    bin's number is (x, y, z) in one integer, so three bins along z are one stretch of the sorted images, and
+    nine stretches are what an atom has to look at. `block` of those pairs are in memory at a time.
+    """
+    low = image.amin(1, keepdim=True)
+    side = ((image.amax(1, keepdim=True) - low) / 2**19).clamp(min=1.001 * r)
+    place = torch.tensor([1 << 42, 1 << 21, 1])
+    number, order = torch.sort(((image - low) / side).long().T @ place)
+    columns = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)) @ place[:2]
+    middle = (((pos - low) / side).long().T @ place)[:, None] + columns  # (A, 9)
+    begin, end = torch.searchsorted(number, middle - 1), torch.searchsorted(number, middle + 1, right=True)
+    count = end - begin
+    total = count.sum(1).cumsum(0)
+    if int(total[-1]) > MAX_PAIRS:
+        what = f"{pos.shape[1]} atoms are too dense for a graph of {r:.1f} A"
+        raise UserError(
+            f"{what}: {int(total[-1])} pairs to look at, {MAX_PAIRS} at most; are lengths in angstrom?"
+        )
+    found = []
+    blocks = torch.unique_consecutive(total // block, return_counts=True)[1].tolist()
+    for atoms in torch.arange(pos.shape[1]).split(blocks):
+        start, n = begin[atoms].flatten(), count[atoms].flatten()
+        dst = atoms.repeat_interleave(len(columns)).repeat_interleave(n)
+        j = order[torch.arange(len(dst)) + (start - n.cumsum(0) + n).repeat_interleave(n)]
+        d2 = sum((x[j] - y[dst]).square_() for x, y in zip(image, pos))
+        near = torch.nonzero(between(d2, r)).squeeze(1)
+        near = near[torch.argsort(dst[near] * image.shape[1] + j[near])]
+        found.append((dst[near], j[near], d2[near]))
+    return tuple(torch.cat(column) for column in zip(*found))
+
+
+def between(d2, r):
+    return (d2 <= r**2) & (d2 > 1e-4)  # 1e-4: an atom is not its own neighbour
+
+
+def all_edges(structures, radius):
+    """The radius graphs of all structures as one, atoms numbered through; and what `nearest` needs of it.
+
+    src, dst, offset, d: as in radius_graph. structure (E,), shift (E,): an edge's structure, and its first
+    atom. order (E,) sorts by dst, then d; rank (E,) is the place among the edges into dst; count, first (A,)
+    are how many an atom has, and where they begin in `order`.
+    """
+    num_atoms = torch.tensor([len(Z) for Z, *_ in structures])
+    arrays = [(torch.from_numpy(pos), torch.from_numpy(cell), bool(pbc)) for _, pos, cell, pbc in structures]
+    found = [radius_graph(*a, radius) for a in arrays]
+    num_edges = torch.tensor([len(f[0]) for f in found])
+    src, dst, offset, d = (torch.cat(column) for column in zip(*found))
+    shift = torch.repeat_interleave(num_atoms.cumsum(0) - num_atoms, num_edges)
+    src, dst = src + shift, dst + shift
+    count = torch.bincount(dst, minlength=int(num_atoms.sum()))
+    first = count.cumsum(0) - count
+    order = torch.argsort(dst * (radius + 1) + d, stable=True)
+    rank = torch.empty_like(dst)
+    rank[order] = torch.arange(len(dst)) - first[dst[order]]
+    structure = torch.repeat_interleave(torch.arange(len(found)), num_edges)
+    edges = {"src": src, "dst": dst, "offset": offset, "d": d, "structure": structure, "shift": shift}
+    return edges | {"order": order, "rank": rank, "count": count, "first": first}
+
+
+def nearest(edges, k, cutoff, graph_rule, either_end=False):
+    """(E,) bool: the edges from the k nearest neighbours of an atom; with either_end, of one of the two.
+
+    The nearest k are all those within TIE of the k-th, so that shells of equal distance are kept whole. With
+    graph_rule="published": exactly k (equal distances in the order of the list), chosen by the receiving
+    atom.
+    """
+    d, dst = edges["d"], edges["dst"]
+    if graph_rule == "published":
+        return (edges["rank"] < k) & (d <= cutoff)
+    up_to = torch.full(edges["count"].shape, cutoff + 1e-8, dtype=d.dtype)  # (A,) how far every atom chooses
+    more = torch.nonzero(edges["count"] > k).squeeze(1)
+    kth = d[edges["order"][edges["first"][more] + k - 1]]
+    up_to[more] = (kth + TIE).clamp(max=cutoff + 1e-8)
+    return d <= (torch.maximum(up_to[edges["src"]], up_to[dst]) if either_end else up_to[dst])
 
 
 def build_graphs(structures, graph):
-    """[(Z, pos, cell, pbc)] -> one record of numpy arrays for each: what the cache stores and `collate` reads.
+    """[(Z, pos, cell, pbc)] -> a record of numpy arrays for each: what the cache stores and `collate` reads.
 
-    The nearest k neighbours of an atom are all those within TIE of the k-th, so that shells of equal distance are kept
-    whole. An undirected main edge exists when either end chose it; only one direction of it is stored. With
-    graph_rule="published": exactly k (equal distances in the order of the list), chosen by the receiving atom only.
+    Atoms Z (A,), pos (A, 3); cell (3, 3); for every graph GRAPH.index (E, 2), source and target, and
+    GRAPH.offset (E, 3). An undirected main edge exists when either end chose it; only one direction of it is
+    stored.
     """
-    num_atoms = torch.tensor([len(Z) for Z, *_ in structures])
-    pos = torch.from_numpy(np.concatenate([p for _, p, *_ in structures]))
-    cell = torch.from_numpy(np.stack([c for _, _, c, _ in structures]))
-    pbc = [bool(p) for *_, p in structures]
-    others = [getattr(graph, f"cutoff_{g}") for g in ("a2ee2a", "qint", "a2a") if getattr(graph, g)]
-    radius = max([graph.cutoff, *others])
-    first_atom = (torch.cumsum(num_atoms, 0) - num_atoms).tolist()
-    atoms = [pos[i : i + n] for i, n in zip(first_atom, num_atoms.tolist())]
-    found = [radius_graph(x, c, p, radius) for x, c, p in zip(atoms, cell, pbc)]
-    src, dst, offset, d = (torch.cat(column) for column in zip(*found))
-    edges = torch.tensor([len(f[0]) for f in found])
-    structure = torch.repeat_interleave(torch.arange(len(found)), edges)
-    shift = torch.repeat_interleave(torch.tensor(first_atom), edges)
-    src, dst = src + shift, dst + shift
-    A = len(pos)
-    count = torch.bincount(dst, minlength=A)
-    first = torch.cumsum(count, 0) - count
-    order = torch.argsort(dst * (radius + 1) + d, stable=True) if len(d) else dst
-    published = graph.graph_rule == "published"
-    rank = torch.empty_like(dst)
-    rank[order] = torch.arange(len(dst)) - first[dst[order]]
-
-    def nearest(name):
-        """Which edges the receiving atom chooses: (E,) bool, and the distance up to which it chooses: (A,)."""
-        suffix = "" if name == "main" else f"_{name}"
-        k, r = getattr(graph, f"max_neighbors{suffix}"), getattr(graph, f"cutoff{suffix}")
-        if published:
-            return (rank < k) & (d <= r), None
-        up_to = (kth_distance(d, dst, order, first, count, k) + TIE).clamp(max=r + 1e-8)
-        return d <= up_to[dst], up_to
-
-    half = (src < dst) | ((src == dst) & lexicographically_negative(offset))
-    chosen, up_to = nearest("main")
-    if not published:
-        chosen = d <= torch.maximum(up_to[src], up_to[dst])
-    picked = {"main": chosen & half}
-    picked |= {name: nearest(name)[0] for name in ("a2ee2a", "qint", "a2a") if getattr(graph, name)}
-
-    records = [{"Z": np.asarray(Z, np.int16), "pos": p, "cell": c} for Z, p, c, _ in structures]
-    for name, mask in picked.items():
+    assert all(len(Z) <= MAX_ATOMS for Z, *_ in structures)
+    wanted = {"main": (graph.max_neighbors, graph.cutoff)}
+    for name in GRAPHS[1:]:
+        if getattr(graph, name):
+            wanted[name] = (getattr(graph, f"max_neighbors_{name}"), getattr(graph, f"cutoff_{name}"))
+    edges = all_edges(structures, max(cutoff for _, cutoff in wanted.values()))
+    src, dst, offset = edges["src"], edges["dst"], edges["offset"]
+    records = [{"Z": np.asarray(Z, np.int16), "pos": pos, "cell": cell} for Z, pos, cell, _ in structures]
+    for name, (k, cutoff) in wanted.items():
+        mask = nearest(edges, k, cutoff, graph.graph_rule, either_end=name == "main")
+        if name == "main":
+            mask &= (src < dst) | ((src == dst) & lexicographically_negative(offset))
         e = torch.nonzero(mask).squeeze(1)
-        index = torch.stack([src[e] - shift[e], dst[e] - shift[e]], dim=1).to(torch.int16).numpy()
+        ends = torch.bincount(edges["structure"][e], minlength=len(structures)).cumsum(0).tolist()
+        index = (torch.stack([src[e], dst[e]], dim=1) - edges["shift"][e, None]).to(torch.int16).numpy()
         n = offset[e].to(torch.int16).numpy()
-        ends = torch.cumsum(torch.bincount(structure[e], minlength=len(structures)), 0).tolist()
         for record, start, end in zip(records, [0, *ends], ends):
             record[f"{name}.index"], record[f"{name}.offset"] = index[start:end], n[start:end]
     return records
@@ -249,7 +345,7 @@ def lexicographically_negative(n):
 
 
 def edge_vectors(batch, name, dtype=torch.float32):
-    """Distances (E,) and unit vectors from source to target (E, 3) of one graph. Differentiable in pos and cell.
+    """Distances (E,) and unit vectors from source to target (E, 3) of a graph, differentiable in pos, cell.
 
     Computed in the precision of pos (float64), returned in `dtype`.
     """
@@ -264,30 +360,37 @@ def edge_vectors(batch, name, dtype=torch.float32):
 
 
 def collate(records, edge_dropout=0.0, generator=None):
-    """Records of a GraphDataset -> one batch, a dict of tensors. Their y and index, where they have them, become (B,).
+    """Records of a GraphDataset -> one batch, a dict of tensors; y and index, where they are given, (B,).
 
-    edge_dropout: probability of leaving out an edge (both directions of a main edge), for pre-training.
+    edge_dropout: probability of leaving out an edge (both directions of a main edge), for pre-training. What
+    a backbone sums over edges it multiplies by batch["edge_scale"], 1 / (1 - edge_dropout), so that the mean
+    stays.
     """
+    assert 0 <= edge_dropout < 1
     num_atoms = torch.tensor([len(r["Z"]) for r in records])
-    first = (torch.cumsum(num_atoms, 0) - num_atoms).numpy()
-    join = lambda key: torch.from_numpy(np.concatenate([r[key] for r in records]))  # noqa: E731
+    first = torch.cumsum(num_atoms, 0) - num_atoms
+
+    def join(key):
+        return torch.from_numpy(np.concatenate([r[key] for r in records]))
+
     batch = {
         "Z": join("Z").long(),
         "pos": join("pos"),
         "cell": torch.from_numpy(np.stack([r["cell"] for r in records])),
         "batch": torch.repeat_interleave(torch.arange(len(records)), num_atoms),
         "num_atoms": num_atoms,
+        "edge_scale": 1 / (1 - edge_dropout),
     }
     for key in ("y", "index"):
         if key in records[0]:
             batch[key] = torch.as_tensor(np.array([r[key] for r in records]))
     if "forces" in records[0]:
         batch["forces"] = join("forces")  # (A, 3)
-    for name in ("main", "a2ee2a", "qint", "a2a"):
+    for name in GRAPHS:
         if f"{name}.index" not in records[0]:
             continue
         counts = torch.tensor([len(r[f"{name}.index"]) for r in records])
-        shift = torch.repeat_interleave(torch.from_numpy(first), counts)
+        shift = torch.repeat_interleave(first, counts)
         src, dst = (join(f"{name}.index").long() + shift[:, None]).unbind(1)
         offset = join(f"{name}.offset").long()
         if edge_dropout > 0:
@@ -297,13 +400,50 @@ def collate(records, edge_dropout=0.0, generator=None):
             src, dst, offset = torch.cat([src, dst]), torch.cat([dst, src]), torch.cat([offset, -offset])
             batch["main.swap"] = torch.arange(len(src)).roll(len(src) // 2)
         batch |= {f"{name}.src": src, f"{name}.dst": dst, f"{name}.offset": offset}
-    if edge_dropout > 0:
-        batch["edge_dropout"] = edge_dropout  # sums over edges are divided by 1 - p in the output blocks
     return batch | tables(batch)
 
 
+# ---------------------------------------------------------------- tables: the edges of every atom
+
+
+def tables(batch):
+    """Per-atom tables of edges, and masks of those pairs of edges that make a triplet or a quadruplet.
+
+    A table has a row for every atom with the numbers of the edges into it, padded with the number of edges; a
+    mask is true for pairs that count, never for padding. K, K2, Kq: most edges into one atom in the graphs
+    main, a2ee2a, qint; N: most atoms that one atom sees in a2a; Q: qint edges. `model.Bases` reads them all.
+    """
+    key, shift, atom = image_keys(batch)
+    out = main_table(batch)
+    if "a2ee2a.src" in batch:
+        out |= a2ee2a_table(batch, out["main.table"], key)
+    if "a2a.src" in batch:
+        out |= a2a_table(batch)
+    if "qint.src" in batch:
+        out |= qint_table(batch, out["main.table"], key)
+        out |= quadruplet_mask(batch, out["main.table"], key["main"], shift["qint"], atom)
+    return out
+
+
+def image_keys(batch):
+    """One integer for every edge that says which image of its source it comes from. Returns key, shift, atom.
+
+    key[graph] (E,) = src w³ + shift; shift[graph] (E,) = n_x w² + n_y w + n_z of the offset n. Two edges into
+    one atom come from the same image where their keys are equal. Offsets of a chain add up, and so do these:
+    key(d -> b) + shift(b -> a) is the image of d seen from a. atom (A,) is every atom's own key, at offset 0.
+    A sum of two offsets and a third differ by less than w = 4 (1 + largest |n|): no digit runs into the next.
+    """
+    names = [name for name in GRAPHS[:3] if f"{name}.src" in batch]
+    offsets = torch.cat([batch[f"{name}.offset"].flatten() for name in names])
+    A, w = len(batch["Z"]), 4 * (1 + (int(offsets.abs().max()) if len(offsets) else 0))
+    assert (A + 1) * w**3 < 2**63
+    shift = {name: (batch[f"{name}.offset"] * torch.tensor([w * w, w, 1])).sum(1) for name in names}
+    key = {name: batch[f"{name}.src"] * w**3 + shift[name] for name in names}
+    return key, shift, torch.arange(A) * w**3
+
+
 def incoming(dst, num_atoms):
-    """Padded table of the edges into every atom, (A, K), padding E; and every edge's place in it, (E,)."""
+    """Table (A, K) of the edges into every atom, padded with E; each edge's place in the flat table, (E,)."""
     E = len(dst)
     count = torch.bincount(dst, minlength=num_atoms)
     K = int(count.max()) if E else 0
@@ -316,51 +456,61 @@ def incoming(dst, num_atoms):
     return table.view(num_atoms, K), slot
 
 
-def tables(batch):
-    """Per-atom tables of edges, and masks of the pairs of edges that make a triplet or a quadruplet.
+def look_up(values, table, fill=0):
+    """values[table], with `fill` for the padding."""
+    return torch.cat([values, values.new_tensor([fill])])[table]
 
-    Two edges into an atom come from the same image when source and offset are equal. Both are packed in one integer, so
-    that the offsets of a chain of edges add up: key(d -> b) + key(b -> a) tells which image of d is seen from a.
+
+def main_table(batch):
+    """main.table (A, K); main.slot (E,), an edge's place in it. e2e.mask (A, K, K): c -> a, other b -> a."""
+    table, slot = incoming(batch["main.dst"], len(batch["Z"]))
+    real = table < len(batch["main.dst"])
+    other = ~torch.eye(table.shape[1], dtype=torch.bool)
+    return {"main.table": table, "main.slot": slot, "e2e.mask": real[:, :, None] & real[:, None, :] & other}
+
+
+def a2ee2a_table(batch, main, key):
+    """a2ee2a.table (A, K2). a2e.mask (A, K, K2): main edge c -> a, a2ee2a edge b -> a, two images."""
+    table, _ = incoming(batch["a2ee2a.dst"], len(batch["Z"]))
+    return {"a2ee2a.table": table, "a2e.mask": different_images(main, key["main"], table, key["a2ee2a"])}
+
+
+def qint_table(batch, main, key):
+    """qint.table (A, Kq). qint.mask (A, K, Kq): main edge c -> a, qint edge b -> a, two images."""
+    table, _ = incoming(batch["qint.dst"], len(batch["Z"]))
+    return {"qint.table": table, "qint.mask": different_images(main, key["main"], table, key["qint"])}
+
+
+def different_images(main, main_key, table, key):
+    real = (main < len(main_key))[:, :, None] & (table < len(key))[:, None, :]
+    return real & (look_up(main_key, main)[:, :, None] != look_up(key, table)[:, None, :])
+
+
+def a2a_table(batch):
+    """Pairs of atoms, whatever images: a2a.pair (E,), an edge's pair; a2a.pair_src (P,), that one's source.
+
+    a2a.table (A, N): pairs into every atom, padded with P; a2a.table_src (A, N): their sources, padded with
+    A.
     """
     A = len(batch["Z"])
-    out = {}
-    main, slot = incoming(batch["main.dst"], A)
-    out |= {"main.table": main, "main.slot": slot}
-    K = main.shape[1]
-    wide = 2 * 2 * (1 + max(int(batch[k].abs().max()) if len(batch[k]) else 0 for k in batch if k.endswith(".offset")))
-    place = torch.tensor([wide * wide, wide, 1])
+    pairs, pair = torch.unique(batch["a2a.dst"] * A + batch["a2a.src"], return_inverse=True)
+    table, _ = incoming(pairs // A, A)
+    src = pairs % A
+    out = {"a2a.pair": pair, "a2a.pair_src": src}
+    return out | {"a2a.table": table, "a2a.table_src": look_up(src, table, A)}
 
-    def pad(values, table, fill):
-        return torch.cat([values, values.new_tensor([fill])])[table]
 
-    there = [name for name in ("main", "a2ee2a", "qint") if f"{name}.src" in batch]
-    shift = {name: (batch[f"{name}.offset"] * place).sum(1) for name in there}
-    key = {name: batch[f"{name}.src"] * wide**3 + shift[name] for name in shift}
-    main_key = pad(key["main"], main, -(wide**4))  # (A, K)
-    main_real = main < len(key["main"])
-    out["e2e.mask"] = main_real[:, :, None] & main_real[:, None, :] & ~torch.eye(K, dtype=torch.bool)
-    if "a2ee2a" in key:
-        table, _ = incoming(batch["a2ee2a.dst"], A)
-        a2ee2a_key = pad(key["a2ee2a"], table, -1)
-        real = main_real[:, :, None] & (table < len(key["a2ee2a"]))[:, None, :]
-        out |= {"a2ee2a.table": table, "a2e.mask": real & (main_key[:, :, None] != a2ee2a_key[:, None, :])}
-    if "a2a.src" in batch:
-        src, dst = batch["a2a.src"], batch["a2a.dst"]
-        pairs, pair = torch.unique(dst * A + src, return_inverse=True)
-        table, _ = incoming(pairs // A, A)
-        out |= {"a2a.pair": pair, "a2a.pair_src": pairs % A, "a2a.table": table}
-        out["a2a.table_src"] = pad(pairs % A, table, A)
-    if "qint" in key:
-        src, dst = batch["qint.src"], batch["qint.dst"]  # b -> a
-        table, _ = incoming(dst, A)
-        qint_key = pad(key["qint"], table, -1)
-        real = main_real[:, :, None] & (table < len(src))[:, None, :]
-        out |= {"qint.table": table, "qint.mask": real & (main_key[:, :, None] != qint_key[:, None, :])}  # c is not b
-        seen_from_a = main_key[src] + shift["qint"][:, None]  # (Q, Kd): image of d relative to a
-        d_real = main_real[src] & (seen_from_a != (dst * wide**3)[:, None])  # d is not a
-        not_c = main_key[dst][:, :, None] != seen_from_a[:, None, :]  # (Q, Kc, Kd): d is not c
-        out["quad.mask"] = d_real[:, None, :] & main_real[dst][:, :, None] & not_c
-    return out
+def quadruplet_mask(batch, main, main_key, qint_shift, atom):
+    """quad.mask (Q, K, K): for a qint edge b -> a the main edges c -> a and d -> b, d being neither a nor c.
+
+    That c is not b is in qint.mask.
+    """
+    b, a = batch["qint.src"], batch["qint.dst"]
+    real, image = main < len(main_key), look_up(main_key, main)  # (A, K)
+    d = image[b] + qint_shift[:, None]  # (Q, Kd): the image of d seen from a
+    d_counts = real[b] & (d != atom[a][:, None])
+    not_c = image[a][:, :, None] != d[:, None, :]  # (Q, Kc, Kd)
+    return {"quad.mask": d_counts[:, None, :] & real[a][:, :, None] & not_c}
 
 
 # ---------------------------------------------------------------- graphs on disk
@@ -369,8 +519,9 @@ def tables(batch):
 class GraphDataset:
     """Graphs of all crystals, built once into one memory-mapped folder and read back one record at a time.
 
-    The folder's name is the hash of the structures and the graph settings (labels play no part), so tasks on the same
-    structures share it. dataset[i] is build_graphs' record with index, y and, where there are any, forces.
+    The folder's name is the hash of the structures and the graph settings (labels play no part), so tasks on
+    the same structures share it. dataset[i] is build_graphs' record with index, y and, where there are any,
+    forces.
     """
 
     def __init__(self, crystals: Crystals, graph, cache_dir="", quiet=False):
@@ -385,7 +536,6 @@ class GraphDataset:
         with np.load(self.folder / "starts.npz") as stored:
             self.starts = dict(stored)
         self.fields = self._map()
-        self.edges = 2 * np.diff(self.starts["main.index"])  # an undirected edge is stored once
 
     def __len__(self):
         return len(self.ids)
@@ -395,8 +545,7 @@ class GraphDataset:
         record = {}
         for name, flat in self.fields.items():
             a, b = self.starts[name][i : i + 2]
-            value = np.array(flat[a:b])
-            record[name] = value[0] if self.meta[name]["scalar"] else value
+            record[name] = np.array(flat[a:b])
         record["index"], record["y"] = i, self.y[i]
         if self.crystals.forces is not None:
             record["forces"] = self.crystals.forces[i]
@@ -410,28 +559,29 @@ class GraphDataset:
         self.fields = self._map()
 
     def _build(self, folder: Path, graph, quiet):
-        crystals, meta, counts = self.crystals, {}, {}
+        """NAME.bin: a field of all crystals in order; starts.npz: where each begins; meta.json: its type."""
+        files, meta, counts = {}, {}, {}
         with contextlib.ExitStack() as stack:
-            files = {}
-            for chunk in progress(list(chunks(self.num_atoms)), "graphs", quiet):
-                structures = [(crystals.Z[i], crystals.pos[i], crystals.cell[i], bool(crystals.pbc[i])) for i in chunk]
-                for record in build_graphs(structures, graph):
-                    record = {k: np.asarray(v) for k, v in record.items()}
-                    if not meta:
-                        for name, value in record.items():
-                            meta[name] = {"dtype": value.dtype.str, "shape": value.shape[1:], "scalar": value.ndim == 0}
-                            files[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
-                            counts[name] = []
-                    assert record.keys() == meta.keys(), (record.keys(), meta.keys())
-                    for name, value in record.items():
-                        value = value.reshape(1) if value.ndim == 0 else value
-                        assert value.shape[1:] == meta[name]["shape"], (name, value.shape, meta[name])
-                        files[name].write(np.ascontiguousarray(value, dtype=meta[name]["dtype"]).tobytes())
-                        counts[name].append(len(value))
-        starts = {name: np.concatenate([[0], np.cumsum(c)]).astype(np.int64) for name, c in counts.items()}
-        assert all(len(s) == len(self) + 1 for s in starts.values())
-        np.savez(folder / "starts.npz", **starts)
+            for record in self._records(graph, quiet):
+                for name, value in record.items():
+                    if name not in files:
+                        files[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
+                        meta[name] = {"dtype": value.dtype.str, "shape": value.shape[1:]}
+                        counts[name] = [0]
+                    files[name].write(value.astype(meta[name]["dtype"]).tobytes())
+                    counts[name].append(len(value))
+        assert all(len(count) == len(self) + 1 for count in counts.values())
+        np.savez(folder / "starts.npz", **{name: np.cumsum(count) for name, count in counts.items()})
         (folder / "meta.json").write_text(json.dumps(meta))
+
+    def _records(self, graph, quiet):
+        c = self.crystals
+        for chunk in progress(list(chunks(self.num_atoms)), "graphs", quiet):
+            try:
+                yield from build_graphs([(c.Z[i], c.pos[i], c.cell[i], bool(c.pbc[i])) for i in chunk], graph)
+            except UserError as error:
+                ids = " to ".join(dict.fromkeys([self.ids[chunk[0]], self.ids[chunk[-1]]]))
+                raise UserError(f"{c.task.dataset}, id {ids}: {error}") from None
 
     def _map(self):
         fields = {}
@@ -456,5 +606,3 @@ def chunks(num_atoms, most=512):
         atoms += n
     if chunk:
         yield chunk
-
-

@@ -1,6 +1,6 @@
 """data.py: splits, duplicates, batches, graphs on disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 import data
 from conftest import crystal, load_table, many, site, table_of
 from crystals import Crystals, structure_hash, subset
+from files import UserError
 
 # ---------------------------------------------------------------- splits, duplicates, batches
 
@@ -46,18 +47,92 @@ def test_split_files_count_rows_of_the_source(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"train": [0]}', 'should be JSON {"train"'),
-        ("x", "should be JSON"),
+        ('{"train": [0]}', 'not JSON {"train"'),
+        ("x", 'not JSON {"train"'),
+        ('[["train", [0]]]', 'not JSON {"train"'),
+        ('{"train": 5, "val": [1], "test": [2]}', 'not JSON {"train"'),
+        ('{"train": "012", "val": [1], "test": [2]}', 'not JSON {"train"'),
+        ('{"train": [0, [3]], "val": [1], "test": [2]}', r"\[3\] is listed"),
+        ('{"train": [[0]], "val": [1], "test": [2]}', r"\[0\] is listed"),
+        ('{"train": [0, true], "val": [1], "test": [2]}', "True is listed"),
+        ('{"train": [true], "val": [1], "test": [2]}', "True is listed"),
+        ('{"train": [0, 3.0], "val": [1], "test": [2]}', "3.0 is listed"),
+        ('{"train": [0, 1e400], "val": [1], "test": [2]}', "inf is listed"),
+        ('{"train": [0, null], "val": [1], "test": [2]}', "None is listed"),
+        ('{"train": ["n0", 3], "val": ["n1"], "test": ["n2"]}', "3 is listed"),
+        ('{"train": [0], "val": [1], "test": [1%s]}' % ("0" * 400), "row 10000[0]* is not among the 6 rows"),
+        ('{"train": [0], "val": [1], "test": [1%s]}' % ("0" * 5000), 'not JSON {"train"'),
+        ("[" * 100000, 'not JSON {"train"'),
+        ("\udcff", 'not JSON {"train"'),
         ('{"train": [0], "val": [6], "test": [2]}', "row 6 is not among the 6 rows"),
+        ('{"train": [0], "val": [-1], "test": [2]}', "row -1 is not among the 6 rows"),
         ('{"train": [0, 1], "val": [1], "test": [2]}', "listed twice"),
+        ('{"train": [], "val": [], "test": []}', "no usable row in part 'train'"),
         ('{"train": [0], "val": [], "test": [2]}', "no usable row in part 'val'"),
+        ('{"train": [0], "val": [1], "test": []}', "no usable row in part 'test'"),
+        ('{"train": ["n0"], "val": ["n1"], "test": ["elsewhere"]}', "no usable row in part 'test'"),
     ],
 )
-def test_a_wrong_split_file_is_named(tmp_path, text, message):
+def test_a_wrong_split_file_is_refused_in_one_line(tmp_path, text, message):
     crystals = many(tmp_path, 6)
-    (tmp_path / "split.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "split.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=message) as error:
         data.make_splits(crystals, split_file=tmp_path / "split.json")
+    assert "split.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_split_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
+        data.make_splits(many(tmp_path, 6), split_file=tmp_path / "none.json")
+
+
+def test_split_columns_need_all_three_parts(tmp_path):
+    crystals = many(tmp_path, 6)
+    named = replace(crystals, split=["Train", "valid", "validation ", "test", "VAL", "train"])
+    splits = data.make_splits(named)
+    assert {k: v.tolist() for k, v in splits.items()} == {"train": [0, 5], "val": [1, 2, 4], "test": [3]}
+    for missing in ("train", "val", "test"):
+        others = [part for part in ("train", "val", "test") if part != missing]
+        with pytest.raises(UserError, match=f"column split: no usable row in part '{missing}'"):
+            data.make_splits(replace(crystals, split=others * 3))
+    for word in ("dev", ""):
+        with pytest.raises(UserError, match=f"'{word}' of id n1 is not train, val or test"):
+            data.make_splits(replace(crystals, split=["train", word, "val", "test", "val", "test"]))
+
+
+def test_few_shot_rows_are_sorted_nested_and_repeatable():
+    rows = np.arange(100, 200)[::-1]
+    some = [data.few_shot(rows, n, seed=1) for n in (1, 10, 30, 100)]
+    assert [len(few) for few in some] == [1, 10, 30, 100] and all((np.diff(few) > 0).all() for few in some)
+    assert all(set(few) < set(more) for few, more in zip(some, some[1:]))
+    assert (
+        data.few_shot(rows, 10, seed=1).tolist()
+        == some[1].tolist()
+        != data.few_shot(rows, 10, seed=2).tolist()
+    )
+    assert data.few_shot(rows, 0, seed=1).tolist() == rows.tolist()
+    for n in (101, -1):
+        with pytest.raises(UserError, match=f"--few-shot {n}: the training split has 100 rows"):
+            data.few_shot(rows, n, seed=1)
+
+
+def test_split_fingerprints_identify_content_not_row_numbers(tmp_path):
+    crystals = many(tmp_path, 12)
+    splits = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4, 5])}
+    plain = data.split_fingerprint(crystals, splits)
+    assert (
+        plain.keys() == splits.keys()
+        and all(len(v) == 64 for v in plain.values())
+        and len({*plain.values()}) == 3
+    )
+    turned = subset(crystals, range(11, -1, -1))
+    elsewhere = {part: 11 - rows for part, rows in splits.items()}
+    assert data.split_fingerprint(turned, elsewhere) == plain
+    relabelled = replace(crystals, y=np.where(np.arange(12) == 3, 0.5, crystals.y))
+    other = data.split_fingerprint(relabelled, splits)
+    assert {part for part in plain if plain[part] != other[part]} == {"val"}
+    moved = data.split_fingerprint(crystals, {**splits, "test": np.array([4, 6])})
+    assert {part for part in plain if plain[part] != moved[part]} == {"test"}
 
 
 def test_duplicates_across_a_split_are_reported(tmp_path, capsys):
@@ -80,7 +155,10 @@ def test_batches_keep_the_budget_of_atoms():
 
 
 def test_shuffled_batches_hold_every_crystal_once_and_follow_the_seed():
-    a, b = (data.batch_indices(np.ones(50), range(50), 8, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (
+        data.batch_indices(np.ones(50), range(50), 8, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
     assert a == b and sorted(sum(a, [])) == list(range(50)) and sum(a, []) != list(range(50))
 
 
@@ -93,7 +171,7 @@ class Settings:
 
 
 def stand_in(calls=None):
-    """A build_graphs with one field of each shape: per crystal, per atom, per edge (none for one-atom cells)."""
+    """A build_graphs with fields of several shapes: per atom, per edge (none for one-atom cells)."""
 
     def build(structures, graph):
         records = []
@@ -106,7 +184,6 @@ def stand_in(calls=None):
                 {
                     "Z": Z.astype(np.int16),
                     "pos": pos,
-                    "volume": np.float64(np.linalg.det(cell)),
                     "main.index": edges,
                     "main.d": edges[:, 0] * graph.cutoff,
                 }
@@ -127,11 +204,7 @@ def test_graphs_are_stored_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "build_graphs", stand_in())
     crystals = one_to_four_atoms(tmp_path)
     dataset = data.GraphDataset(crystals, Settings(), quiet=True)
-    assert (
-        len(dataset) == 12
-        and dataset.num_atoms.tolist() == [1, 2, 3, 4] * 3
-        and dataset.edges.tolist() == [0, 4, 12, 24] * 3
-    )
+    assert len(dataset) == 12 and dataset.num_atoms.tolist() == [1, 2, 3, 4] * 3
     expected = stand_in()(list(zip(crystals.Z, crystals.pos, crystals.cell, crystals.pbc)), Settings())
     for i in (0, 3, 11):
         record = dataset[i]
@@ -151,7 +224,14 @@ def test_graphs_are_built_once_for_the_same_structures_and_settings(tmp_path, mo
     crystals = one_to_four_atoms(tmp_path)
     data.GraphDataset(crystals, Settings(), quiet=True)
     relabelled = Crystals(
-        crystals.task, crystals.ids, crystals.Z, crystals.pos, crystals.cell, crystals.pbc, crystals.y + 1, crystals.row
+        crystals.task,
+        crystals.ids,
+        crystals.Z,
+        crystals.pos,
+        crystals.cell,
+        crystals.pbc,
+        crystals.y + 1,
+        crystals.row,
     )
     dataset = data.GraphDataset(relabelled, Settings(), quiet=True)
     assert len(calls) == 12 and dataset[0]["y"] == crystals.y[0] + 1
@@ -160,9 +240,13 @@ def test_graphs_are_built_once_for_the_same_structures_and_settings(tmp_path, mo
     assert len(calls) == 12 + 12 + 6
 
 
-def test_a_build_that_dies_leaves_nothing_that_counts(tmp_path, monkeypatch):
+def graph_folders(tmp_path):
+    """Folders of graphs in the cache, hidden ones too."""
+    return [p for p in (tmp_path / "cache").iterdir() if p.is_dir() and "graphs" in p.name]
+
+
+def test_a_build_that_dies_leaves_nothing(tmp_path, monkeypatch):
     crystals = one_to_four_atoms(tmp_path)
-    good = stand_in()
 
     def dies(structures, graph):
         raise KeyboardInterrupt
@@ -170,23 +254,59 @@ def test_a_build_that_dies_leaves_nothing_that_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "build_graphs", dies)
     with pytest.raises(KeyboardInterrupt):
         data.GraphDataset(crystals, Settings(), quiet=True)
-    assert not [p for p in (tmp_path / "cache").glob("graphs-*") if p.is_dir()]
-    monkeypatch.setattr(data, "build_graphs", good)
-    folder = data.GraphDataset(crystals, Settings(), quiet=True).folder
-    killed = folder.with_name(f"{folder.name}.123.part")  # what a killed process leaves
-    folder.rename(killed)
-    (killed / "meta.json").unlink()
-    assert len(data.GraphDataset(crystals, Settings(), quiet=True)) == 12 and not killed.exists()
+    assert not graph_folders(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "starts.npz", "pos.bin"])
-def test_a_damaged_graph_cache_is_built_again(tmp_path, monkeypatch, name):
+def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path, monkeypatch):
+    import multiprocessing
+
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
     monkeypatch.setattr(data, "build_graphs", stand_in())
     crystals = one_to_four_atoms(tmp_path)
-    file = data.GraphDataset(crystals, Settings(), quiet=True).folder / name
-    file.write_bytes(file.read_bytes()[:-3])
-    record = data.GraphDataset(crystals, Settings(), quiet=True)[3]
-    np.testing.assert_array_equal(record["pos"], crystals.pos[3])
+    folder = data.GraphDataset(crystals, Settings(), quiet=True).folder
+    folder.rename(folder.with_name(f".{folder.name}.{ended.pid}.part"))
+    assert len(data.GraphDataset(crystals, Settings(), quiet=True)) == 12
+    assert graph_folders(tmp_path) == [folder]
+
+
+def cut(content):
+    return content[:-3]
+
+
+def flip(content):
+    return (
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 64])
+        + content[len(content) // 2 + 1 :]
+    )
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("name", ["meta.json", "starts.npz", "pos.bin", "main.index.bin", "sums.json"])
+def test_a_damaged_graph_cache_is_built_again(tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr(data, "build_graphs", stand_in())
+    crystals = one_to_four_atoms(tmp_path)
+    first = data.GraphDataset(crystals, Settings(), quiet=True)
+    record, file = first[3], first.folder / name
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    again = data.GraphDataset(crystals, Settings(), quiet=True)[3]
+    assert all(np.array_equal(again[key], record[key]) for key in record)
+    assert name == "starts.npz" or file.read_bytes() == whole  # a zip holds the time
+
+
+def test_a_crystal_too_dense_for_a_graph_is_named(tmp_path, monkeypatch):
+    crystals = one_to_four_atoms(tmp_path)
+    monkeypatch.setattr(data, "DENSE", 0)
+    monkeypatch.setattr(data, "MAX_PAIRS", 10)
+    with pytest.raises(
+        UserError,
+        match="own.json.gz, id n0 to n11: .*too dense for a graph.* 10 at most; are lengths in angstrom",
+    ):
+        data.GraphDataset(crystals, data.GraphConfig(cutoff=6.0), quiet=True)
+    assert not graph_folders(tmp_path)
 
 
 def build_in_a_process(crystals):
@@ -200,7 +320,7 @@ def test_two_processes_share_one_build(tmp_path):
     crystals = one_to_four_atoms(tmp_path)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         a, b = pool.map(build_in_a_process, [crystals, crystals], chunksize=1)
-    assert a == b and len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
+    assert a == b and len(graph_folders(tmp_path)) == 1
 
 
 def test_a_dataset_travels_to_a_worker_without_its_files(tmp_path, monkeypatch):
@@ -216,7 +336,5 @@ def test_a_graph_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "build_graphs", stand_in())
     crystals = one_to_four_atoms(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="graphs cannot be stored.*MOMA_CACHE"):
+    with pytest.raises(ValueError, match="the cache cannot be written.*MOMA_CACHE"):
         data.GraphDataset(crystals, Settings(), cache_dir=tmp_path / "file", quiet=True)
-
-

@@ -1,6 +1,9 @@
-"""Neighbour lists, the four graphs and their tables: against pymatgen, brute force, and the original's stored edges."""
+"""Neighbour lists, the four graphs and their tables: against pymatgen, brute force, the original's."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crystals import wrap
+import data
+from crystals import MAX_ATOMS, Skip, check_distances, to_arrays, wrap
 from data import GraphConfig, build_graphs, collate, edge_vectors, radius_graph
 
 PERIODIC = ["NaCl", "SrTiO3", "bcc Fe", "rattled NaCl", "rattled SrTiO3", "triclinic", "thin", "60 atoms"]
@@ -21,7 +25,9 @@ DEEP = settings(max_examples=60, deadline=None, derandomize=True)
 
 def edges(Z, pos, cell, periodic, r):
     """radius_graph of one structure: {(src, dst, offset): d}."""
-    src, dst, offset, d = (x.tolist() for x in radius_graph(torch.from_numpy(pos), torch.from_numpy(cell), periodic, r))
+    src, dst, offset, d = (
+        x.tolist() for x in radius_graph(torch.from_numpy(pos), torch.from_numpy(cell), periodic, r)
+    )
     found = {(s, t, *n): x for s, t, n, x in zip(src, dst, offset, d)}
     assert len(found) == len(src), "an edge is listed twice"
     return found
@@ -34,7 +40,10 @@ def edges_by_pymatgen(Z, pos, cell, pbc, r):
         warnings.simplefilter("ignore")  # elements without an electronegativity
         structure = Structure(Lattice(cell), Z, pos, coords_are_cartesian=True)
     center, point, offset, d = structure.get_neighbor_list(r)
-    return {(s, t, *map(int, n)): x for s, t, n, x in zip(point.tolist(), center.tolist(), offset.tolist(), d.tolist())}
+    return {
+        (s, t, *map(int, n)): x
+        for s, t, n, x in zip(point.tolist(), center.tolist(), offset.tolist(), d.tolist())
+    }
 
 
 def assert_same_edges(found, expected):
@@ -59,7 +68,9 @@ def random_cells(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     cell = cell[rng.permutation(3)] @ rotation
-    frac = rng.uniform(size=(draw(st.integers(1, 6)), 3)) + draw(st.sampled_from([0, 0, 1, 3])) * rng.integers(-1, 2, 3)
+    frac = rng.uniform(size=(draw(st.integers(1, 6)), 3)) + draw(
+        st.sampled_from([0, 0, 1, 3])
+    ) * rng.integers(-1, 2, 3)
     return rng.integers(1, 90, len(frac)), frac @ cell, cell, True
 
 
@@ -74,7 +85,9 @@ def test_radius_graph_equals_pymatgens_in_random_cells(structure, r):
 @pytest.mark.parametrize("r", [0.9, 1.2, 5.0])
 def test_radius_graph_of_molecules_equals_brute_force(r):
     rng = np.random.default_rng(3)
-    molecules = [(np.ones(n, int), rng.uniform(0, 3, (n, 3)) + 100 * n, np.zeros((3, 3)), False) for n in (1, 2, 3, 9)]
+    molecules = [
+        (np.ones(n, int), rng.uniform(0, 3, (n, 3)) + 100 * n, np.zeros((3, 3)), False) for n in (1, 2, 3, 9)
+    ]
     for molecule in molecules:
         d = np.linalg.norm(molecule[1][:, None] - molecule[1][None], axis=2)
         expected = {(s, t, 0, 0, 0): d[s, t] for s, t in zip(*np.nonzero((d <= r) & (d > 0)))}
@@ -98,6 +111,131 @@ def test_an_atom_exactly_at_the_cutoff_is_a_neighbour():
     assert len(edges(*cubic, 6.0)) == 6 + 12 + 8 + 6
     turned = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     assert len(edges(cubic[0], cubic[1], cubic[2] @ turned, True, 6.0)) == 32
+
+
+# ---------------------------------------------------------------- large cells: bins
+
+
+def brute_force(pos, cell, periodic, r):
+    """[(dst, src, offset, d)] sorted, from a loop that knows no boxes and no bins."""
+    reach = [0, 0, 0]
+    if periodic:
+        inverse = np.linalg.inv(cell)
+        reach = np.ceil(r * np.linalg.norm(inverse, axis=0) + np.ptp(pos @ inverse, axis=0)).astype(int)
+    offsets = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), -1).reshape(-1, 3)
+    found = []
+    for n in offsets:
+        d = np.linalg.norm(pos[None] + n @ cell - pos[:, None], axis=2)  # (dst, src)
+        for dst, src in zip(*np.nonzero((d <= r) & (d > 0.01))):
+            found.append((int(dst), int(src), *n.tolist(), d[dst, src]))
+    return sorted(found)
+
+
+@st.composite
+def any_structure(draw):
+    """Skewed cells, slabs with vacuum, molecules; up to 30 atoms, inside or outside, crowded or far apart."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind, n = draw(st.sampled_from(["cell", "slab", "molecule", "far"])), draw(st.integers(1, 30))
+    if kind in ("molecule", "far"):
+        pos = rng.uniform(-8, 8, (n, 3)) * draw(st.sampled_from([0.3, 1.0, 4.0]))
+        if kind == "far":
+            pos[: n // 2] += 1e7 * rng.normal(size=3)
+        return pos, np.zeros((3, 3)), False
+    _, _, cell, _ = draw(random_cells())
+    frac = rng.uniform(size=(n, 3))
+    if kind == "slab":
+        cell[2] *= 4
+        frac[:, 2] /= 4
+    return (frac + draw(st.sampled_from([0, 1])) * rng.integers(-2, 3, (n, 3))) @ cell, cell, True
+
+
+@DEEP
+@given(any_structure(), st.sampled_from([0.8, 3.0, 5.5]), st.sampled_from([1, 50, 1 << 20]))
+def test_bins_and_all_pairs_find_the_same_as_brute_force(structure, r, block):
+    pos, cell, periodic = structure
+    expected = brute_force(pos, cell, periodic, r + 1e-8)
+    assume(all(abs(e[-1] - r) > 1e-7 and e[-1] > 0.011 for e in expected))
+    images = (torch.arange(len(pos)), torch.zeros(len(pos), 3, dtype=torch.long))
+    pos, cell = torch.from_numpy(pos), torch.from_numpy(cell)
+    src, offset = data.images(pos, cell, r) if periodic else images
+    image = (pos[src] + offset.double() @ cell).T
+    for found in (
+        data.pairs_of_bins(pos.T, image, r + 1e-8, block),
+        data.pairs_of_all(pos.T, image, r + 1e-8),
+    ):
+        dst, j, d2 = found
+        listed = torch.column_stack([dst, src[j], offset[j]]).tolist()
+        assert listed == [[*e[:-1]] for e in expected]  # in the same order
+        np.testing.assert_allclose(d2.sqrt(), [e[-1] for e in expected], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_graphs_built_with_bins_equal_those_built_without(crystals, name, monkeypatch):
+    plain = build_graphs([crystals[name]], GraphConfig())[0]
+    monkeypatch.setattr(data, "DENSE", 0)
+    binned = build_graphs([crystals[name]], GraphConfig())[0]
+    assert all(np.array_equal(plain[key], binned[key]) for key in plain)
+
+
+BIG = """
+import sys
+sys.modules |= dict.fromkeys("pymatgen ase matminer pandas scipy tqdm safetensors".split())  # not to be had
+import numpy as np
+from data import GraphConfig, build_graphs, collate
+from crystals import to_arrays
+from model import preset
+n, a = 16000, 2.4
+grid = np.stack(np.meshgrid(*[np.arange(26)] * 3, indexing="ij"), -1).reshape(-1, 3)[:n]
+pos = a * grid + np.random.default_rng(0).uniform(0, 0.4, (n, 3))
+Z, pos, cell = to_arrays((np.full(n, 14), pos, 26 * a * np.eye(3), [True] * 3))
+batch = collate(build_graphs([(Z, pos, cell, True)], GraphConfig(**preset("small")["graph"])))
+assert len(batch["a2a.src"]) > 60 * n and len(batch["main.src"]) > 12 * n
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_16000_atoms_take_less_than_4_gb_a_minute_and_no_package_but_torch_and_numpy():
+    root = Path(data.__file__).parent
+    ran = subprocess.run([sys.executable, "-c", BIG], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 4 * 2**20  # KiB
+
+
+def test_more_atoms_than_a_graph_can_number_are_skipped():
+    pos = np.zeros((MAX_ATOMS + 1, 3))
+    pos[:, 0] = np.arange(len(pos))
+    assert len(to_arrays((np.full(MAX_ATOMS, 6), pos[1:], np.zeros((3, 3)), [False] * 3))[0]) == MAX_ATOMS
+    with pytest.raises(Skip, match="too many atoms: 32769; the most is 32768"):
+        to_arrays((np.full(len(pos), 6), pos, np.zeros((3, 3)), [False] * 3))
+    last = build_graphs(
+        [(np.full(MAX_ATOMS, 6), pos[1:], np.zeros((3, 3)), False)], GraphConfig(cutoff=1.5, a2a=False)
+    )
+    assert last[0]["main.index"].max() == MAX_ATOMS - 1 and last[0]["main.index"].min() == 0
+
+
+@settings(DEEP, max_examples=20)
+@given(any_structure(), st.booleans())
+def test_close_atoms_are_found_in_large_cells_as_in_small_ones(structure, close):
+    pos, cell, periodic = structure
+    rng = np.random.default_rng(len(pos))
+    many = np.vstack([pos, rng.uniform(-1, 1, (70, 3)) @ (cell if periodic else 30 * np.eye(3))])
+    if close:
+        image = rng.integers(-1, 2, 3) @ cell
+        many[-1] = many[0] + image + 0.09 * np.array([0.6, -0.64, 0.48])
+    d = brute_force(many, cell, periodic, 0.2)
+    nearest = min((e[-1] for e in d), default=1.0)
+    assume(abs(nearest - 0.1) > 1e-6 and nearest > 0.011)
+    if nearest < 0.1:
+        with pytest.raises(Skip, match="atoms closer than 0.1 A"):
+            check_distances(many, cell)
+    else:
+        check_distances(many, cell)
+
+
+def test_coincident_atoms_are_refused_at_once_however_many():
+    for cell in (np.zeros((3, 3)), 5 * np.eye(3)):
+        with pytest.raises(Skip, match="atoms closer than 0.1 A: 0.000 A"):
+            check_distances(np.ones((20000, 3)), cell)
 
 
 # ---------------------------------------------------------------- caps
@@ -129,7 +267,11 @@ def reverse(edge):
 def test_a_cap_keeps_whole_shells(crystals):
     # rocksalt shells: 6, 12, 8, 6, 24 neighbours; bcc: 8, 6, 12
     batch = graph_of([crystals["NaCl"]], max_neighbors=30, max_neighbors_a2ee2a=20, max_neighbors_qint=8)
-    assert degrees(batch) == [32, 32] and degrees(batch, "a2ee2a") == [26, 26] and degrees(batch, "qint") == [18, 18]
+    assert (
+        degrees(batch) == [32, 32]
+        and degrees(batch, "a2ee2a") == [26, 26]
+        and degrees(batch, "qint") == [18, 18]
+    )
     batch = graph_of([crystals["bcc Fe"]], max_neighbors=9, max_neighbors_a2ee2a=8, max_neighbors_qint=1)
     assert degrees(batch) == [14] and degrees(batch, "a2ee2a") == [8] and degrees(batch, "qint") == [8]
 
@@ -156,7 +298,9 @@ def test_neighbours_within_a_thousandth_of_the_kth_are_kept_and_others_are_not()
 
 def test_the_cap_counts_only_neighbours_within_the_cutoff(crystals):
     batch = graph_of([crystals["NaCl"]], cutoff=4.0, max_neighbors=30, cutoff_a2ee2a=3.0, cutoff_qint=2.0)
-    assert degrees(batch) == [18, 18] and degrees(batch, "a2ee2a") == [6, 6] and degrees(batch, "qint") == [0, 0]
+    assert (
+        degrees(batch) == [18, 18] and degrees(batch, "a2ee2a") == [6, 6] and degrees(batch, "qint") == [0, 0]
+    )
 
 
 def test_an_undirected_edge_exists_when_either_end_chose_it():
@@ -190,7 +334,9 @@ def test_edge_vectors_point_from_the_source_image_to_the_target(crystals):
     batch = graph_of([crystals["triclinic"]], cutoff=6.0)
     listed = edges(*crystals["triclinic"], 6.0)
     d, V = edge_vectors(batch, "main", torch.float64)
-    keys = torch.cat([batch["main.src"][:, None], batch["main.dst"][:, None], batch["main.offset"]], 1).tolist()
+    keys = torch.cat(
+        [batch["main.src"][:, None], batch["main.dst"][:, None], batch["main.offset"]], 1
+    ).tolist()
     np.testing.assert_allclose(d, [listed[tuple(k)] for k in keys], atol=1e-12)
     Z, pos, cell, _ = crystals["triclinic"]
     s, t, *n = keys[5]
@@ -222,7 +368,9 @@ def test_the_symmetric_graph_is_the_same_in_another_order_of_the_atoms(crystals,
 
 def test_the_published_graph_is_not(crystals):
     other, i = permuted(crystals["rattled SrTiO3"], 2)
-    plain, renamed = (edge_set(graph_of([s], graph_rule="published")) for s in (crystals["rattled SrTiO3"], other))
+    plain, renamed = (
+        edge_set(graph_of([s], graph_rule="published")) for s in (crystals["rattled SrTiO3"], other)
+    )
     assert plain != {(i[s], i[t], *n) for s, t, *n in renamed}
 
 
@@ -333,7 +481,11 @@ def mixed(crystals):
     """Small caps, unlike each other, and ties; molecules and atoms without edges among the crystals."""
     names = ["NaCl", "isolated atom", "triclinic", "water", "thin", "bcc Fe", "rattled SrTiO3"]
     return graph_of(
-        [crystals[k] for k in names], max_neighbors=6, max_neighbors_a2ee2a=9, max_neighbors_qint=4, cutoff_a2a=5.0
+        [crystals[k] for k in names],
+        max_neighbors=6,
+        max_neighbors_a2ee2a=9,
+        max_neighbors_qint=4,
+        cutoff_a2a=5.0,
     )
 
 
@@ -344,7 +496,9 @@ def test_tables_hold_every_edge_once_at_its_target(mixed):
         assert sorted(table[real].tolist()) == list(range(len(dst)))
         assert torch.equal(dst[table[real]], real.nonzero()[:, 0])
         assert table.shape[1] == max(degrees(mixed, name))
-    assert torch.equal(mixed["main.table"].flatten()[mixed["main.slot"]], torch.arange(len(mixed["main.dst"])))
+    assert torch.equal(
+        mixed["main.table"].flatten()[mixed["main.slot"]], torch.arange(len(mixed["main.dst"]))
+    )
 
 
 def test_triplet_masks_equal_the_listed_triplets(mixed):
@@ -365,7 +519,9 @@ def test_quadruplet_masks_in_random_cells(structure):
     batch = graph_of([structure], max_neighbors=3, max_neighbors_a2ee2a=2, max_neighbors_qint=2, a2a=False)
     assume(len(batch["main.src"]) < 150)
     assert quadruplets_of(batch) == quadruplets(batch)
-    assert pairs_of(batch["a2e.mask"], batch["main.table"], batch["a2ee2a.table"]) == triplets(batch, "main", "a2ee2a")
+    assert pairs_of(batch["a2e.mask"], batch["main.table"], batch["a2ee2a.table"]) == triplets(
+        batch, "main", "a2ee2a"
+    )
 
 
 def test_numbers_of_triplets_and_quadruplets_equal_the_originals(parity_file):
@@ -419,7 +575,10 @@ def test_graphs_do_not_depend_on_what_else_is_in_the_batch(crystals):
 def test_collate_numbers_atoms_through(crystals):
     names = ["water", "NaCl", "isolated atom", "SrTiO3"]
     batch = graph_of([crystals[k] for k in names])
-    assert batch["num_atoms"].tolist() == [3, 2, 1, 5] and batch["batch"].tolist() == [0] * 3 + [1] * 2 + [2] + [3] * 5
+    assert (
+        batch["num_atoms"].tolist() == [3, 2, 1, 5]
+        and batch["batch"].tolist() == [0] * 3 + [1] * 2 + [2] + [3] * 5
+    )
     assert batch["Z"].tolist() == [z for k in names for z in crystals[k][0]]
     assert torch.equal(batch["batch"][batch["main.src"]], batch["batch"][batch["main.dst"]])
 
@@ -432,3 +591,9 @@ def test_edge_dropout_takes_both_directions_of_an_edge(crystals):
     assert kept == {*map(reverse, kept)} and kept < edge_set(full)
     assert 0.6 < len(kept) / len(edge_set(full)) < 0.8
     assert edge_set(draw(0)) == kept != edge_set(draw(1))
+
+
+def test_the_batch_says_by_what_sums_over_edges_are_scaled(crystals):
+    records = build_graphs([crystals["NaCl"]], GraphConfig(cutoff=6.0))
+    assert collate(records)["edge_scale"] == 1.0
+    assert collate(records, edge_dropout=0.2)["edge_scale"] == pytest.approx(1.25)
