@@ -6,11 +6,12 @@ A label y is the task's column after its transform, in `unit_of(task)`.
 """
 
 import difflib
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+
+from files import UserError, read_json, reading
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Task:
     license: str = ""  # of the data
 
     def __post_init__(self):
-        for key, value, allowed in (("transform", self.transform, TRANSFORMS), ("pooling", self.pooling, POOLINGS)):
+        for key, allowed in (("transform", TRANSFORMS), ("pooling", POOLINGS)):
+            value = getattr(self, key)
             if value not in allowed:
-                raise ValueError(f"task {self.name}: {key} '{value}' is not one of {', '.join(allowed)}")
+                raise UserError(f"task {self.name}: {key} '{value}' is not one of {', '.join(allowed)}")
 
 
 TRANSFORMS = {  # name: (label from raw value, raw value from label, the raw value must be above)
@@ -46,7 +48,7 @@ TRANSFORMS = {  # name: (label from raw value, raw value from label, the raw val
 }
 POOLINGS = ("mean", "sum", "max")
 ID_COLUMNS = ("id", "material_id", "mpid", "jid", "qm9_index", "source_id", "likely_mpid", "task")
-DERIVED = {f"dielectric {f}": [f"epsilon_{k} {f}" for k in "xyz"] for f in ("opt", "tbmbj")}  # column: mean of columns
+DERIVED = {f"dielectric {f}": [f"epsilon_{k} {f}" for k in "xyz"] for f in ("opt", "tbmbj")}  # means
 MP, JARVIS = "CC BY 4.0 (Materials Project)", "NIST, free use (JARVIS-DFT)"  # licences
 RICCI, EPS = "ricci_boltztrap_mp_tabular", "relative permittivity"
 
@@ -55,14 +57,15 @@ def _table(role, license, rows, **common):
     """Rows (name, paper's row, dataset, column, unit[, transform]) -> {name: Task}."""
     tasks = {}
     for name, paper, dataset, column, unit, *rest in rows:
-        values = dict(unit=unit, transform=rest[0] if rest else "none", role=role, paper=paper, license=license)
+        change = rest[0] if rest else "none"
+        values = dict(unit=unit, transform=change, role=role, paper=paper, license=license)
         tasks[name] = Task(name, dataset, column, **values, **common)
     return tasks
 
 
 FORCE_FIELD = Task("", "", "energy", unit="eV", pooling="sum", role="pretrain", forces_column="forces")
 
-# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli, the JARVIS
+# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli and
 # dielectric constant and the effective masses that is inferred from the published means.
 TASKS = {
     **_table("hub", MP, [
@@ -166,60 +169,79 @@ ALIASES = {"dielectric": "mp_eps_total"}
 def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
     """The task of that name: from tasks_file (JSON), from the embedded crystals (data="demo"), or from TASKS.
 
-    data: a file or folder of one's own; a known name then lends its column, unit and transform, a new one makes a new
-    task. overrides: fields of Task; empty ones are ignored. A name that the tasks file lacks is looked up in TASKS.
+    data: a file or folder of one's own; a known name then lends its column, unit and transform, a new one
+    makes a new task. overrides: fields of Task; empty ones are ignored. What tasks_file lacks is in TASKS.
     """
     overrides = {k: v for k, v in overrides.items() if v not in ("", None)}
     if data == "demo":
-        import demo
-
-        name = name if name in demo.TASKS else f"demo_{name}"
-        if name not in demo.TASKS:
-            have = ", ".join(demo.TASKS)
-            raise ValueError(f"--task {name[5:]}: the embedded crystals have no such task; they have {have}")
-        known = {k: v for k, v in demo.TASKS[name].items() if k in Task.__dataclass_fields__}
-        forces = "forces" if known["role"] == "pretrain" else ""
-        return replace(Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **known), **overrides)
+        return replace(demo_task(name), **overrides)
     tasks = read_tasks(tasks_file) if tasks_file else {}
     if not name and not data:
-        raise ValueError("--task is missing: a name in the task table (data.TASKS) or in --tasks FILE")
-    name = ALIASES.get(name, name) if name not in tasks else name
-    name = {k.lower(): k for k in [*TASKS, *tasks]}.get(name.lower(), name)  # modules of a hub have lower-case names
-    known = tasks.get(name) or TASKS.get(name)
+        raise UserError("--task is missing: a name in the task table (tasks.TASKS) or in --tasks FILE")
+    known = tasks.get(name) or known_task(name, tasks)
     if data:
-        known = replace(known or Task(name or Path(data).name.split(".")[0]), dataset=str(data))
+        known = replace(known or Task(name or Path(data).resolve().name.split(".")[0]), dataset=str(data))
     elif known is None:
         offered = [*tasks, *TASKS, *ALIASES]
         near = ", ".join(difflib.get_close_matches(name, offered, 4, 0.4) or offered[:4])
         where = f"{tasks_file} and the task table" if tasks_file else "the task table"
         cure = "for data of your own pass --tasks FILE or --data PATH"
-        raise ValueError(f"--task {name}: not in {where}; near names: {near}; {cure}")
+        raise UserError(f"--task {name}: not in {where}; near names: {near}; {cure}")
     return replace(known, **overrides)
 
 
+def known_task(name, tasks=()) -> Task | None:
+    """The entry of `tasks` or TASKS under a name, an alias, or its lower-case form, as modules are named."""
+    name = ALIASES.get(name, name)
+    name = {k.lower(): k for k in [*TASKS, *tasks]}.get(name.lower(), name)
+    return dict(tasks).get(name) or TASKS.get(name)
+
+
+def demo_task(name) -> Task:
+    """A task of the embedded crystals; its name may leave out the prefix "demo_"."""
+    import demo
+
+    full = name if name in demo.TASKS else f"demo_{name}"
+    if full not in demo.TASKS:
+        have = ", ".join(demo.TASKS)
+        raise UserError(f"--task {name}: the embedded crystals have no such task; they have {have}")
+    known = {k: v for k, v in demo.TASKS[full].items() if k in Task.__dataclass_fields__}
+    forces = "forces" if known["role"] == "pretrain" else ""
+    return Task(full, f"demo:{full}", "target", forces_column=forces, license="MIT", **known)
+
+
 def read_tasks(path) -> dict:
-    """{name: Task} from JSON {name: {"data": file, field of Task: value, ...}}; paths are relative to the file."""
-    path, keys = Path(path), [f.name for f in fields(Task)][2:]
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--tasks {path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"--tasks {path}: not JSON: {error}") from None
-    tasks = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else [("", None)]:
-        if not isinstance(entry, dict) or "data" not in entry:
-            form = 'an object with "data": a file, a folder or a matminer name'
-            raise ValueError(f"--tasks {path}: entry '{name}' should be {form}")
-        strange = ", ".join(sorted(set(entry) - {"data", *keys}))
-        if strange:
-            raise ValueError(f"--tasks {path}: '{name}' has unknown keys {strange}; known: data, {', '.join(keys)}")
-        known, source = TASKS.get(name, Task(name)), entry["data"]
-        if (path.parent / source).exists() or "/" in source or "." in source:  # else a matminer name
-            source = str(path.parent / source)
-        values = {k: v for k, v in entry.items() if k != "data"}
-        tasks[name] = Task(name, source, **{"paper": known.paper, "license": known.license, **values})
-    return tasks
+    """{name: Task} from JSON {name: {"data": file, field of Task: value, ...}}; paths are relative to it.
+
+    An entry under a name of TASKS has that task's fields where it names no others.
+    """
+    form = 'a tasks file, {"name": {"data": a file, a folder or a matminer name, "unit": "eV", ...}}'
+    entries = read_json(path, form)
+    if not isinstance(entries, dict):
+        raise UserError(f"--tasks {path}: not {form}")
+    with reading(f"--tasks {path}", form):
+        return {name: read_entry(name, entry, Path(path)) for name, entry in entries.items()}
+
+
+def read_entry(name, entry, path: Path) -> Task:
+    """One entry of the tasks file `path`."""
+    keys = [f.name for f in fields(Task)][2:]
+    if not isinstance(entry, dict) or not entry.get("data"):
+        form = 'an object with "data": a file, a folder or a matminer name'
+        raise UserError(f"--tasks {path}: entry '{name}' should be {form}")
+    strange = ", ".join(sorted(set(entry) - {"data", *keys}))
+    if strange:
+        raise UserError(
+            f"--tasks {path}: '{name}' has unknown keys {strange}; known: data, {', '.join(keys)}"
+        )
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise UserError(f"--tasks {path}: '{name}' has {key} {value!r}; it should be a word in quotes")
+    source = entry["data"]
+    if (path.parent / source).exists() or "/" in source or "." in source:  # else a matminer name
+        source = str(path.parent / Path(source).expanduser())
+    values = {k: v for k, v in entry.items() if k != "data"}
+    return replace(known_task(name) or Task(name), name=name, dataset=source, **values)
 
 
 def task_names(role: str, tasks_file="", data="") -> list:
@@ -228,13 +250,16 @@ def task_names(role: str, tasks_file="", data="") -> list:
         import demo
 
         return [name for name, task in demo.TASKS.items() if task["role"] == role]
-    return [name for name, task in (read_tasks(tasks_file) if tasks_file else TASKS).items() if task.role == role]
+    return [
+        name for name, task in (read_tasks(tasks_file) if tasks_file else TASKS).items() if task.role == role
+    ]
 
 
 def unit_of(task: Task) -> str:
-    """Unit of the label after the transform: "log(1/cm)" where the column is in 1/cm."""
-    unit = task.unit or "1"
-    return {"none": task.unit, "log1p": f"log(1 + {unit})"}.get(task.transform, f"{task.transform}({unit})")
+    """Unit of the label after the transform: "log(1/cm)" for a column in 1/cm, "log" for one without."""
+    if task.transform == "none" or not task.unit:
+        return task.unit if task.transform == "none" else task.transform
+    return f"log(1 + {task.unit})" if task.transform == "log1p" else f"{task.transform}({task.unit})"
 
 
 def transform(task: Task, raw):
@@ -250,5 +275,3 @@ def inverse(task: Task, y):
     """Labels in unit_of(task) -> values in task.unit."""
     raw = TRANSFORMS[task.transform][1](np.asarray(y, dtype=np.float64))
     return raw if np.ndim(raw) else float(raw)
-
-

@@ -3,7 +3,9 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,3 +107,33 @@ def load_table(path, **fields):
 
 def many(tmp_path, n=100, **kwargs):
     return load_table(table_of(tmp_path, [crystal(a=3.0 + 0.1 * i) for i in range(n)]), **kwargs)
+
+
+# ---------------------------------------------------------------- a hub
+
+TASK = "demo_refractive_index"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A hub with a random theta_0, one full and one adapter module, a fine-tuned run; and their settings: 40 crystals,
+    3 epochs."""
+    import finetune
+    import hub
+    import train_module
+    from model import build_backbone, new_adapters, preset
+
+    root, arch = tmp_path_factory.mktemp("home"), preset("tiny")
+    torch.manual_seed(0)
+    backbone = build_backbone(arch)
+    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"], "elements": [8]}
+    adapters = new_adapters(backbone).state_dict()
+    hub.save(root / "hub" / "backbone", backbone.state_dict(), card, adapters_init=adapters)
+    shared = dict(task=TASK, data="demo", hub=str(root / "hub"), cache=str(root / "cache"), limit=40, epochs=3,
+                  batch_size=8, quiet=True)  # fmt: skip
+    modules = train_module.Config(**shared)
+    for kind in ("full", "adapter"):
+        train_module.run(replace(modules, kind=kind, name=kind))
+    runs = finetune.Config(**shared, init="full", output=str(root / "tuned"))
+    finetune.run(runs)
+    return SimpleNamespace(root=root, hub=root / "hub", modules=modules, runs=runs, arch=arch)

@@ -1,13 +1,15 @@
 """tasks.py: names, units, transforms, tasks files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from conftest import crystal, table_of
 from crystals import load_crystals
-from tasks import TASKS, Task, get_task, inverse, task_names, transform, unit_of
+from files import UserError
+from tasks import TASKS, TRANSFORMS, Task, get_task, inverse, task_names, transform, unit_of
 
 
 def test_the_paper_has_18_hub_and_17_downstream_tasks_and_qm9_adds_12():
@@ -68,8 +70,14 @@ def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not JSON"),
-        ("[]", "should be an object"),
+        ("{", "t.json: not a tasks file, .* .JSONDecodeError"),
+        ("[" * 100000, "t.json: not a tasks file, .* .RecursionError"),
+        ("[]", "t.json: not a tasks file, "),
+        ("5", "t.json: not a tasks file, "),
+        ('{"a": 5}', "entry 'a' should be an object with \"data\""),
+        ('{"a": {"data": ["x"]}}', r"'a' has data \['x'\]; it should be a word in quotes"),
+        ('{"a": {"data": "x.csv", "unit": null}}', "'a' has unit None; it should be a word in quotes"),
+        ('{"a": {"data": "' + "x" * 300 + '"}}', "t.json: cannot be read .File name too long"),
         ('{"a": {"unit": "eV"}}', "entry 'a' should be an object with \"data\""),
         ('{"a": {"data": "x.csv", "colum": 1}}', "'a' has unknown keys colum; known: data, target_column"),
         ('{"a": {"data": "x.csv", "pooling": "median"}}', "pooling 'median'"),
@@ -77,13 +85,37 @@ def test_tasks_file_paths_are_relative_to_the_file(tmp_path):
 )
 def test_a_wrong_tasks_file_is_named(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         get_task("a", tmp_path / "t.json")
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_tasks_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such.json: no such file"):
         get_task("a", tmp_path / "no-such.json")
+
+
+@pytest.mark.parametrize("name", ["mp_phonons", "dielectric", "n_seebeck"])
+def test_a_tasks_file_entry_under_a_known_name_inherits_all_fields_as_data_does(tmp_path, name):
+    (tmp_path / "t.json").write_text(json.dumps({name: {"data": "own.csv", "target_column": "y"}}))
+    known = get_task(name, data=str(tmp_path / "own.csv"), target_column="y")
+    task = get_task(name, tmp_path / "t.json")
+    assert task == replace(known, name=name) and task.paper and task.role != "user"
+    assert task.transform == {"n_seebeck": "none"}.get(name, "log")
+    (tmp_path / "t.json").write_text(json.dumps({name: {"data": "own.csv", "transform": "none", "unit": ""}}))
+    assert (get_task(name, tmp_path / "t.json").transform, get_task(name, tmp_path / "t.json").unit) == (
+        "none",
+        "",
+    )
+
+
+def test_the_unit_of_a_label_without_one_is_the_transform():
+    assert [unit_of(Task("t", transform=t)) for t in TRANSFORMS] == ["", "log", "log10", "log1p"]
+
+
+def test_a_folder_lends_its_name_to_its_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_task("", data=".").name == get_task("", data=str(tmp_path)).name == tmp_path.name
 
 
 def test_own_data_under_a_known_name_keeps_its_column_and_transform(tmp_path):
@@ -105,5 +137,3 @@ def test_embedded_force_field_has_forces():
     crystals = load_crystals(get_task("demo_clusters", data="demo"), limit=5, quiet=True)
     assert [f.shape for f in crystals.forces] == [p.shape for p in crystals.pos]
     assert not crystals.pbc.any() and not np.any(crystals.cell)
-
-
