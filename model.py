@@ -1,32 +1,49 @@
-"""GemNet-OC (Gasteiger et al. 2022, as in JMP), adapters and heads; CGCNN as a second backbone. MoMa section 2.2, B.2.
+"""The backbone contract, GemNet-OC (Gasteiger et al. 2022, as in JMP), adapters, heads. MoMa 2.2 and B.2.
 
-The backbone contract
----------------------
-A backbone is an nn.Module made by `build_backbone(arch)`. Everything else in this project relies on this list only:
+A backbone is a subclass of `Backbone`. The stages use of it what this list names, and nothing else.
 
-    .arch             dict, JSON-able: every constructor argument and the graph settings; build_backbone(arch) repeats
-                      it. Adapters read its num_blocks (L - 1) and emb_size_atom (= adapter_width)
+    Class(arch)       arch: JSON-able dict of every constructor argument, named and typed as in its presets,
+                      and "backbone", "preset", "graph" (GraphConfig's fields). Equal arch, equal parameters
+    .arch             that dict
     .width            C, channels of the representation
     .adapter_width    channels of the per-block atom features that adapters read
-    .num_features     L, how many of them an atom has (blocks + 1)
-    atom_features(batch) -> (A, L, adapter_width)        constants while the backbone is frozen
-    readout(features, adapters=None) -> (A, C)           adapters sit between the features and the readout
-    forward(batch, adapters=None) -> (A, C)              readout(atom_features(batch))
-    embed(batch, adapters=None) -> (B, C)                per-crystal representation x_i^j: the mean over atoms
-    edge_features(batch) -> ((A, C), (E, C_edge))        only backbones that can be pre-trained on forces
+    .num_features     L, how many of them an atom has
+    atom_features(batch) -> (A, L, adapter_width)    constants of a frozen backbone in evaluation mode
+    readout(features, adapters=None) -> (A, C)       each atom by itself, from features or adapters(features)
 
-`batch` is what `data.collate` returns: Z (A,), pos (A, 3) in angstrom, cell (B, 3, 3), batch (A,), num_atoms (B,), the
-edges of up to four graphs and their per-atom tables. A fork adds one class, its name in BACKBONES and its presets in
-PRESETS.
+The base class gives `forward(batch, adapters=None)` -> (A, C), the readout of the atom features;
+`embed(batch, adapters=None)` -> (B, C), the per-crystal representation x_i^j, their mean over atoms; and a
+default for each of these:
 
-Shapes: B crystals, A atoms, E main edges, Q qint edges, K edges of one atom (padded), R radial and S angular functions.
-An edge is s -> t: the image of atom s displaced by n @ cell sends to t. An angle is written c -> a <- b, a dihedral
-d -> b -> a <- c.
+    .graphs           the graphs it reads; ("main",)
+    .interactions     how the names of its interaction blocks' parameters begin (--train interactions); ()
+    .can_checkpoint   whether it obeys .checkpointing = True, keep less and compute it again; False
+    .edge_width       C_edge, where it has edge features: what pre-training on forces needs; None
+    .force_arguments  constructor arguments that give it edge features, for pre-training only; {}
+    .ranges           {argument: (least, most)} where `usual_range` does not suit; {}
+    edge_features(batch) -> (A, C), (E, C_edge), (E, 3)    readout, edge features, unit vectors of main edges
+    shared_gradient_divisors()    {parameter: number of blocks that share it}, for pre-training; {}
 
-Left out of GemNet-OC: learnable radial bases, scaled basis functions, dropout inside the blocks, forces coupled by
-symmetrisation. Triplets and quadruplets are never listed: every sum over them is a batched matrix product over the
-edges that share an atom (see `Bases`). Where that departs from the original: cos(theta) of a dihedral is computed
-directly from two normals, without atan2 (see `cos_dihedral`).
+BACKBONES[name] = Class and PRESETS[name] = {name of a size: Preset} make it known; "small" is the commands'
+default. Modules are averaged, so nothing is learnt outside parameters and buffers.
+
+`batch` is what `data.collate` returns:
+
+    Z (A,) atomic numbers, pos (A, 3) in Å, cell (B, 3, 3), batch (A,) the crystal of an atom, num_atoms (B,)
+    G.src, G.dst (E,), G.offset (E, 3)    of each graph G; `data.edge_vectors` gives distances and directions
+    G.table (A, K)            the edges into each atom, padded with E
+    main.swap, main.slot      (E,) an edge's reverse; its place in the flattened main.table
+    e2e.mask, a2e.mask, qint.mask, quad.mask, a2a.pair, a2a.pair_src, a2a.table_src    see `data.tables`
+    edge_scale                1 / (1 - p) under edge dropout p, or absent: a factor of sums over edges that
+                              keeps their expected values (`sum_edges` applies it)
+
+Shapes: B crystals, A atoms, E main edges, Q qint edges, K edges of one atom (padded), R radial and S angular
+functions. An edge is s -> t: the image of atom s displaced by n @ cell sends to t. An angle is c -> a <- b, a
+dihedral d -> b -> a <- c.
+
+Left out of GemNet-OC: learnable radial bases, scaled basis functions, dropout inside the blocks, forces
+coupled by symmetrisation. Triplets and quadruplets are never listed: every sum over them is a batched matrix
+product over the edges that share an atom (see `Bases`). cos(theta) of a dihedral comes from two normals.
 """
 
 import math
@@ -36,9 +53,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import GraphConfig, edge_vectors
+from architecture import (  # noqa: F401; some for those who import them from here
+    BACKBONES, FOR_SMALL, FOR_TINY, GEMNET, PAPER, PRESETS, Preset, build_backbone, check_architecture,
+    preset, shapes_only, training_defaults,
+)  # fmt: skip
+from data import edge_vectors
+from files import UserError
 
-# --------------------------------------------------------------------------------------------------------------- leaves
+# ---------------------------------------------------------------- leaves
 
 
 def act(x):
@@ -48,6 +70,8 @@ def act(x):
 
 def he_orthogonal_(weight, fan_in, axis):
     """Orthogonal, then zero mean and unit variance along the input axes, then 1 / sqrt(fan_in)."""
+    if weight.is_meta:  # shapes only (`check_architecture`): there is nothing to fill
+        return
     with torch.no_grad():
         nn.init.orthogonal_(weight.view(-1, weight.shape[-1]) if weight.dim() == 3 else weight)
         var, mean = torch.var_mean(weight, dim=axis, correction=1, keepdim=True)
@@ -79,12 +103,12 @@ class Residual(nn.Module):
         return (x + self.dense_mlp(x)).mul_(0.5**0.5)
 
 
-def residuals(number, n):
+def residual_layers(number, n):
     return [Residual(n) for _ in range(number)]
 
 
 class ScaleFactor(nn.Module):
-    """Multiplies by a constant that keeps variances near one; 0 means "not applied". `fit_scale_factors` sets it."""
+    """Multiplies by a constant that keeps variances near one; 0: not applied. `fit_scale_factors` sets it."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +122,8 @@ class ScaleFactor(nn.Module):
 
     def forward(self, x, reference=None):
         if self.fitting:
-            var, target = (1.0 if r is None else float((r - r.mean(0)).square().mean()) for r in (x, reference))
+            variance = lambda x: float((x - x.mean(0)).square().mean())  # noqa: E731
+            var, target = variance(x), 1.0 if reference is None else variance(reference)
             noise = 1e-6 * float(x.square().mean())
             known = var > noise and target > noise  # not with no rows, or one, or equal ones
             self.scale_factor.fill_((target / var) ** 0.5 if known else 1.0)
@@ -109,22 +134,26 @@ class ScaleFactor(nn.Module):
 
 
 class Recompute(torch.autograd.Function):
-    """f(*inputs) without keeping f's inner arrays: the backward pass computes them again. For cheap products of large
-    arrays; parameters that f uses must be inputs."""
+    """f(*inputs) without keeping f's inner arrays: the backward pass computes them again.
+
+    For cheap products of large arrays; parameters that f uses must be inputs.
+    """
 
     @staticmethod
     def forward(ctx, f, *inputs):
         device = inputs[0].device.type
-        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = torch.autocast(device, dtype, enabled)
         ctx.f = f
         ctx.save_for_backward(*inputs)
         return f(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        again = torch.is_grad_enabled()  # a gradient of this gradient is wanted, so the inputs keep their history
+        again = torch.is_grad_enabled()  # a gradient of this gradient is wanted: inputs keep their history
+        fresh = lambda x: x.detach().requires_grad_(x.requires_grad)  # noqa: E731
         with torch.enable_grad(), ctx.autocast:
-            own = [x.view_as(x) if again else x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+            own = [x.view_as(x) if again else fresh(x) for x in ctx.saved_tensors]
             y = ctx.f(*own)
         grads = torch.autograd.grad(y, [x for x in own if x.requires_grad], grad, create_graph=again)
         grads = iter(grads)
@@ -132,8 +161,8 @@ class Recompute(torch.autograd.Function):
 
 
 def gather(x, table):
-    """Rows of x by an index table: (E, C), (A, K) -> (A, K, C). Padding, len(x), reads the last row: what is padded
-    meets a zero of the bases' masks."""
+    """Rows of x by an index table: (E, C), (A, K) -> (A, K, C). Padding, len(x), reads the last row: what is
+    padded meets a zero of the bases' masks."""
     return x.index_select(0, table.reshape(-1).clamp(max=len(x) - 1)).view(*table.shape, *x.shape[1:])
 
 
@@ -143,7 +172,12 @@ def sum_to(x, index, number):
     return x.new_zeros(number, *x.shape[1:]).index_add(0, index, x)
 
 
-# ---------------------------------------------------------------------------------------------------------------- bases
+def sum_edges(x, batch):
+    """Sum over the main edges into every atom: (E, C) -> (A, C). Edge dropout keeps its expected value."""
+    return sum_to(x, batch["main.dst"], len(batch["Z"])) * batch.get("edge_scale", 1.0)
+
+
+# ---------------------------------------------------------------- bases
 
 
 class Gaussians(nn.Module):
@@ -179,8 +213,8 @@ def legendre(z, S, dim):
 def cos_dihedral(u, w):
     """cos(theta) = u.w / max(|u||w|, eps) of normals u (Q, Kc, 3) and w (Q, Kd, 3) -> (Q, Kc, Kd).
 
-    A normal vanishes where an angle is straight; its direction is then rounding noise, and the gradient 0. In float64
-    the value is the published one, whose clamp is 1e-9; in float32 noise is larger and the value is 0.
+    A normal vanishes where an angle is straight; its direction is then rounding noise, and the gradient 0. In
+    float64 the value is the published one, whose clamp is 1e-9; in float32 noise is larger, the value 0.
     """
     exact = u.dtype == torch.float64
     eps = 1e-9 if exact else 1e-5
@@ -199,7 +233,7 @@ class AngularWeights(nn.Module):
 
     def forward(self, rbf):
         R, S, C = self.weight.shape
-        # Published layout: flat (S, C) is *reshaped*, not transposed, to (C, S). Trained weights depend on it.
+        # Published: flat (S, C) is *reshaped*, not transposed, to (C, S). Trained weights depend on it.
         return (rbf @ self.weight.reshape(R, S * C)).view(-1, C, S)
 
 
@@ -212,7 +246,7 @@ class EdgeEmbedding(nn.Module):
 
     def forward(self, h, f, src, dst):
         n = h.shape[1]
-        W = self.dense.linear.weight  # W [h_s, h_t, f] = W_s h_s + W_t h_t + W_f f: the first two once per atom
+        W = self.dense.linear.weight  # W_s h_s + W_t h_t + W_f f: the first two once per atom
         by_source, by_target = h @ W[:, :n].T, h @ W[:, n : 2 * n].T
         return act(by_source.index_select(0, src) + by_target.index_select(0, dst) + f @ W[:, 2 * n :].T)
 
@@ -220,14 +254,18 @@ class EdgeEmbedding(nn.Module):
 class Bases(nn.Module):
     """Everything that depends on geometry only, shared by all blocks, and its shared down-projections.
 
-    No triplet is listed. The bilinear layer of an output edge i = (c -> a) sums over its triplets, j = (b -> a),
+    No triplet is listed. The bilinear layer of an output edge i = (c -> a) sums over triplets, j = (b -> a),
 
-        B vec( sum_j [sum_s W_i[:, s] Y_s(cos angle_ij)] x_j^T )  =  B vec( W_i M_i ),   M_i = sum_j Y(cos angle_ij) x_j^T
+        B vec( sum_j [sum_s W_i[:, s] Y_s(cos angle_ij)] x_j^T ) = B vec( W_i M_i )
+        M_i = sum_j Y(cos angle_ij) x_j^T
 
-    and W_i (C, S), which depends on the length of i, is the same for all j: so M_i (S, n) comes first. With the edges
-    into an atom padded to K, the M_i of an atom are one product of (K S, K) with (K, n) matrices; excluded pairs are
-    zeros in Y. The quadruplet basis is an outer product, Y_l(cos phi_cab) Y_m(cos theta_cabd), so its sum takes two
-    steps: over d, for each qint edge b -> a, and then over b.
+    and W_i (C, S), which depends on the length of i, is the same for all j: so M_i (S, n) comes first. With
+    the edges into an atom padded to K, the M_i of an atom are one product of (K S, K) with (K, n) matrices;
+    pairs left out are zeros in Y. The quadruplet basis is an outer product, Y_l(cos phi_cab)
+    Y_m(cos theta_cabd), so its sum takes two steps: over d, for each qint edge b -> a, and then over b.
+
+    Each basis is a method that returns what its interaction multiplies with in every block: rad, the radial
+    weights of the inputs; Y, the angular functions; W, the weights of the outputs.
     """
 
     def __init__(self, a):
@@ -257,69 +295,108 @@ class Bases(nn.Module):
         self.edge_emb = EdgeEmbedding(a["emb_size_atom"], R, a["emb_size_edge"])
         self.a = a
 
-    def forward(self, g):
-        """g: batch. Returns a dict: the indices of the batch and one entry for each basis."""
-        a, S = self.a, self.S
-        dtype = self.radial_basis.rbf.offset.dtype
-        d, V = edge_vectors(g, "main", dtype)
-        rbf = self.radial_basis(d)
-        table = g["main.table"]  # (A, K) edges into each atom
-        A, K = table.shape
-        V_in = gather(V, table)  # (A, K, 3)
-        out = {"num_atoms": A, "rbf": rbf, "V": V, "src": g["main.src"], "dst": g["main.dst"], "swap": g["main.swap"]}
-        out |= {"table": table, "slot": g["main.slot"], "kept": 1 - g.get("edge_dropout", 0.0)}
-        out |= {"rad_h": self.mlp_rbf_h(rbf), "rad_out": self.mlp_rbf_out(rbf)}
-
-        if a["trip_interaction"]:  # c -> a <- b, both main
-            Y = legendre(V_in @ V_in.transpose(1, 2), S, 2).mul_(g["e2e.mask"][:, :, None, :])  # (A, K, S, K)
-            out["e2e"] = (self.mlp_rbf_tint(rbf), Y.view(A, K * S, K), self.mlp_cbf_tint(rbf))
-
+    def forward(self, batch):
+        """Returns a dict: the indices that the blocks use, and an entry for each basis in use."""
+        a = self.a
+        rbf, V = self.radial(batch, "main")
+        V_in = gather(V, batch["main.table"])  # (A, K, 3) unit vectors of the main edges into each atom
+        g = {"num_atoms": len(batch["Z"]), "V": V, "edge_scale": batch.get("edge_scale", 1.0)}
+        g |= {key: batch[f"main.{key}"] for key in ("src", "dst", "swap", "table", "slot")}
+        g |= {"rbf": rbf, "rad_h": self.mlp_rbf_h(rbf), "rad_out": self.mlp_rbf_out(rbf)}
+        if a["trip_interaction"]:
+            g["e2e"] = self.triplets(batch, rbf, V_in)
         if a["atom_edge_interaction"] or a["edge_atom_interaction"]:
-            d2, V2 = edge_vectors(g, "a2ee2a", dtype)
-            table2 = g["a2ee2a.table"]  # (A, K2)
-            K2 = table2.shape[1]
-            rbf2 = self.radial_basis(d2)
-            z = V_in @ gather(V2, table2).transpose(1, 2)  # (A, K, K2)
-            out |= {"src2": g["a2ee2a.src"], "table2": table2}
-        if a["atom_edge_interaction"]:  # output main edge c -> a, input atom b
-            Y = legendre(z, S, 2).mul_(g["a2e.mask"][:, :, None, :])  # (A, K, S, K2)
-            out["a2e"] = (self.mlp_rbf_aeint(rbf2), Y.view(A, K * S, K2), self.mlp_cbf_aeint(rbf))
-        if a["edge_atom_interaction"]:  # output atom a through c -> a, input main edge b -> a
-            Y = legendre(z.transpose(1, 2), S, 2).mul_(g["a2e.mask"].transpose(1, 2)[:, :, None, :])  # (A, K2, S, K)
-            W = gather(self.mlp_cbf_eaint(rbf2), table2)  # (A, K2, C, S)
-            # the sum over c is the same in every block: sum_c W_c Y_c is one (C, K) matrix an atom
-            W = W.transpose(1, 2).reshape(A, W.shape[2], K2 * S)
-            out["e2a"] = (self.mlp_rbf_eaint(rbf), torch.bmm(W, Y.reshape(A, K2 * S, K)))
-
-        if a["atom_interaction"]:  # images of one pair share the source's feature: their radial values are added first
-            d, _ = edge_vectors(g, "a2a", dtype)
-            rad = self.mlp_rbf_aint(sum_to(self.radial_basis(d), g["a2a.pair"], len(g["a2a.pair_src"])))
-            rad = torch.cat([rad, rad.new_zeros(1, rad.shape[1])])  # for the padding: this product has no mask
-            out["a2a"] = (gather(rad, g["a2a.table"]).transpose(1, 2), g["a2a.table_src"])  # (A, C, N), (A, N)
-
+            rbf2, V2 = self.radial(batch, "a2ee2a")
+            g |= {"src2": batch["a2ee2a.src"], "table2": batch["a2ee2a.table"]}
+            cos_cab = V_in @ gather(V2, g["table2"]).transpose(1, 2)  # (A, K, K2)
+            if a["atom_edge_interaction"]:
+                g["a2e"] = self.atom_to_edge(batch, rbf, rbf2, cos_cab)
+            if a["edge_atom_interaction"]:
+                g["e2a"] = self.edge_to_atom(batch, rbf, rbf2, cos_cab.transpose(1, 2))
+        if a["atom_interaction"]:
+            g["a2a"] = self.atom_to_atom(batch)
         if a["quad_interaction"]:
-            dq, Vq = edge_vectors(g, "qint", dtype)  # (Q, 3) b -> a
-            src, dst = g["qint.src"], g["qint.dst"]
-            Q = len(src)
-            V_ca, V_db = V_in.index_select(0, dst), V_in.index_select(0, src)  # (Q, K, 3) both
-            u = torch.linalg.cross(V_ca, Vq[:, None].expand_as(V_ca))
-            w = torch.linalg.cross(V_db, Vq[:, None].expand_as(V_db))
-            Y_theta = legendre(cos_dihedral(u, w), S, 2).mul_(g["quad.mask"][:, :, None, :])  # (Q, Kc, S, Kd)
-            cos_cab = gather((V_ca * Vq[:, None]).sum(-1), g["qint.table"]).transpose(1, 2)  # (A, K, KQ)
-            Y_phi = legendre(cos_cab, S, 2).mul_(g["qint.mask"][:, :, None, :])  # (A, Kc, S, KQ)
-            rbf_q = self.radial_basis(dq)
-            Y_abd = legendre((V_db * Vq[:, None]).sum(-1), S, 2)  # (Q, Kd, S)
-            cbf = Y_abd @ self.mlp_cbf_qint(rbf_q).transpose(1, 2)  # (Q, Kd, C)
-            out["quad"] = (self.mlp_rbf_qint(rbf), cbf, Y_theta.view(Q, K * S, K), Y_phi, self.mlp_sbf_qint(rbf))
-            out |= {"table_d": table.index_select(0, src), "table_q": g["qint.table"]}
-        return out
+            g["quad"] = self.quadruplets(batch, rbf, V_in)
+            g |= {"table_d": g["table"].index_select(0, batch["qint.src"]), "table_q": batch["qint.table"]}
+        return g
+
+    def radial(self, batch, graph):
+        """rbf_k = envelope(d / r) exp(-t (d / r - o_k)^2) of a graph's edges, (E, R); directions, (E, 3)."""
+        d, V = edge_vectors(batch, graph, self.radial_basis.rbf.offset.dtype)
+        return self.radial_basis(d), V
+
+    def angular(self, z, mask):
+        """Y_s(z) of cosines z and 0 where the mask has no pair of edges: both (N, K, K2) -> (N, K, S, K2)."""
+        return legendre(z, self.S, 2).mul_(mask[:, :, None, :])
+
+    def triplets(self, batch, rbf, V_in):
+        """c -> a <- b, both main edges: M_ca = sum_b Y(cos angle_cab) x_ba, without b = c.
+
+        Returns rad (E, n) of b -> a, Y (A, K S, K), W (E, C, S) of c -> a.
+        """
+        A, K, _ = V_in.shape
+        Y = self.angular(V_in @ V_in.transpose(1, 2), batch["e2e.mask"])
+        return self.mlp_rbf_tint(rbf), Y.view(A, K * self.S, K), self.mlp_cbf_tint(rbf)
+
+    def atom_to_edge(self, batch, rbf, rbf2, cos_cab):
+        """Main edge c -> a, atom b near a: M_ca = sum_b Y(cos angle_cab) x_b, without b = c.
+
+        Returns rad (E2, n) of b -> a, Y (A, K S, K2), W (E, C, S) of c -> a.
+        """
+        A, K, K2 = cos_cab.shape
+        Y = self.angular(cos_cab, batch["a2e.mask"])
+        return self.mlp_rbf_aeint(rbf2), Y.view(A, K * self.S, K2), self.mlp_cbf_aeint(rbf)
+
+    def edge_to_atom(self, batch, rbf, rbf2, cos_bac):
+        """Atom c near a, main edge b -> a: sum_c W_ca sum_b Y(cos angle_cab) x_ba^T = sum_b G_ab x_ba^T.
+
+        The sum over c is the same in every block. Returns rad (E, n) of b -> a and G (A, C, K).
+        """
+        A, K2, K = cos_bac.shape
+        Y = self.angular(cos_bac, batch["a2e.mask"].transpose(1, 2))  # (A, K2, S, K)
+        W = gather(self.mlp_cbf_eaint(rbf2), batch["a2ee2a.table"])  # (A, K2, C, S)
+        W = W.transpose(1, 2).reshape(A, W.shape[2], K2 * self.S)
+        return self.mlp_rbf_eaint(rbf), torch.bmm(W, Y.reshape(A, K2 * self.S, K))
+
+    def atom_to_atom(self, batch):
+        """b -> a: x_a = sum_b rad_ab h_b^T, rad_ab = W sum_images rbf(d_ab), for images of b share its h_b.
+
+        Returns rad (A, n, N) of the N atoms near each, and which atoms they are (A, N).
+        """
+        rbf, _ = self.radial(batch, "a2a")
+        rad = self.mlp_rbf_aint(sum_to(rbf, batch["a2a.pair"], len(batch["a2a.pair_src"])))  # (pairs, n)
+        rad = torch.cat([rad, rad.new_zeros(1, rad.shape[1])])  # for the padding: this product has no mask
+        return gather(rad, batch["a2a.table"]).transpose(1, 2), batch["a2a.table_src"]
+
+    def quadruplets(self, batch, rbf, V_in):
+        """d -> b -> a <- c: main edges d -> b and c -> a, joined by a qint edge b -> a.
+
+            M_ca = sum_b Y_l(cos phi_cab) sum_d Y_m(cos theta_cabd) cbf_abd x_db
+            cbf_abd = sum_s W_ba,s Y_s(cos angle_abd)
+
+        Returns rad (E, n) of d -> b; cbf (Q, K, C); Y_theta (Q, K S, K), of c and d at an edge b -> a; Y_phi
+        (A, K, S, K_q), of c and b at an atom a; W (E, C, S^2) of c -> a.
+        """
+        rbf_ba, V_ba = self.radial(batch, "qint")
+        V_ba = V_ba[:, None]  # (Q, 1, 3)
+        V_ca = V_in.index_select(0, batch["qint.dst"])  # (Q, K, 3)
+        V_db = V_in.index_select(0, batch["qint.src"])  # (Q, K, 3)
+        Q, K, _ = V_ca.shape
+        normal_cab = torch.linalg.cross(V_ca, V_ba.expand_as(V_ca))
+        normal_abd = torch.linalg.cross(V_db, V_ba.expand_as(V_db))
+        Y_theta = self.angular(cos_dihedral(normal_cab, normal_abd), batch["quad.mask"])  # (Q, Kc, S, Kd)
+        cos_cab = gather((V_ca * V_ba).sum(-1), batch["qint.table"]).transpose(1, 2)  # (A, K, K_q)
+        Y_phi = self.angular(cos_cab, batch["qint.mask"])
+        Y_abd = legendre((V_db * V_ba).sum(-1), self.S, 2)  # (Q, Kd, S)
+        cbf = Y_abd @ self.mlp_cbf_qint(rbf_ba).transpose(1, 2)
+        return self.mlp_rbf_qint(rbf), cbf, Y_theta.view(Q, K * self.S, K), Y_phi, self.mlp_sbf_qint(rbf)
 
 
-# --------------------------------------------------------------------------------------------------------- interactions
+# ---------------------------------------------------------------- interactions
 
 
 class Bilinear(nn.Module):
-    """Per output edge: (C, S) weights times the (S, n_in) sum over inputs, flattened, then linear to n_out."""
+    """Of every output: (C, S) weights times the (S, n_in) sum over inputs, flattened, linear to n_out."""
 
     def __init__(self, C, n_in, n_out):
         super().__init__()
@@ -331,10 +408,10 @@ class Bilinear(nn.Module):
 
 
 class Interaction(nn.Module):
-    """The projections that interactions share; `down` reads what a subclass made in its constructor."""
+    """The projections before and after the sum over inputs, of layers that a subclass makes."""
 
     def down(self, z, rad):
-        """Activate, weight by distance, project to the width of the sum: (N, n) before the activation -> (N, n_in)."""
+        """Activate z, weight by distance, project to the width of the sum: (N, n) -> (N, n_in)."""
 
         def product(z, rad, W_rbf, W_down):
             x = act(z)
@@ -343,76 +420,73 @@ class Interaction(nn.Module):
         weights = self.mlp_rbf.linear.weight, self.down_projection.linear.weight
         return act(Recompute.apply(product, z, rad, *weights))
 
-    def add_up_projections(self, n_in, n_edge):
-        self.up_projection_ca = Dense(n_in, n_edge)
-        self.up_projection_ac = Dense(n_in, n_edge)
-
     def up(self, x, swap):
         """Back to edge width, once for c -> a and once for its reverse."""
         return (self.up_projection_ca(x) + self.up_projection_ac(x.index_select(0, swap))).mul_(0.5**0.5)
 
 
-class TripletInteraction(Interaction):
-    """Edge to edge (e2e): main edges b -> a to main edges c -> a."""
+class TripletLayers(Interaction):
+    """The layers of the interactions over c -> a <- b.
 
-    def __init__(self, a):
+    Widths: n of the inputs, n_in and n_out before and after the bilinear layer, n_up of the outputs.
+    """
+
+    def __init__(self, a, n, n_in, n_out, n_up):
         super().__init__()
-        edge, n_in, n_out = a["emb_size_edge"], a["emb_size_trip_in"], a["emb_size_trip_out"]
-        self.dense_ba = Dense(edge, edge)
-        self.mlp_rbf = Dense(a["emb_size_rbf"], edge, activation=False)
+        self.dense_ba = Dense(n, n)
+        self.mlp_rbf = Dense(a["emb_size_rbf"], n, activation=False)
         self.scale_rbf = ScaleFactor()
         self.mlp_cbf = Bilinear(a["emb_size_cbf"], n_in, n_out)
         self.scale_cbf_sum = ScaleFactor()
-        self.down_projection = Dense(edge, n_in)
-        self.add_up_projections(n_out, edge)
+        self.down_projection = Dense(n, n_in)
+        self.up_projection_ca = Dense(n_out, n_up)
+
+
+def sum_to_edges(Y, x, W, slot):
+    """M_ca = sum_b Y(cos angle_cab) x_b^T of main edges c -> a: (A, K S, K2), (A, K2, n) -> (E, S, n)."""
+    return torch.bmm(Y, x).view(-1, W.shape[2], x.shape[2]).index_select(0, slot)
+
+
+class TripletInteraction(TripletLayers):
+    """Edge to edge (e2e): main edges b -> a to main edges c -> a."""
+
+    def __init__(self, a):
+        edge = a["emb_size_edge"]
+        super().__init__(a, edge, a["emb_size_trip_in"], a["emb_size_trip_out"], edge)
+        self.up_projection_ac = Dense(a["emb_size_trip_out"], edge)
 
     def forward(self, m, g):
         rad, Y, W = g["e2e"]
         x = self.down(self.dense_ba.linear(m), rad)  # (E, n_in)
-        M = torch.bmm(Y, gather(x, g["table"]))  # (A, K S, n_in)
-        M = M.view(-1, W.shape[2], x.shape[1]).index_select(0, g["slot"])  # (E, S, n_in)
+        M = sum_to_edges(Y, gather(x, g["table"]), W, g["slot"])
         return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
 
 
-class AtomEdgeInteraction(Interaction):
+class AtomEdgeInteraction(TripletLayers):
     """Atom to edge (a2e): atoms b near a to main edges c -> a."""
 
     def __init__(self, a):
-        super().__init__()
-        atom, n_in, n_out = a["emb_size_atom"], a["emb_size_trip_in"], a["emb_size_trip_out"]
-        self.dense_ba = Dense(atom, atom)
-        self.mlp_rbf = Dense(a["emb_size_rbf"], atom, activation=False)
-        self.scale_rbf = ScaleFactor()
-        self.mlp_cbf = Bilinear(a["emb_size_cbf"], n_in, n_out)
-        self.scale_cbf_sum = ScaleFactor()
-        self.down_projection = Dense(atom, n_in)
-        self.add_up_projections(n_out, a["emb_size_edge"])
+        edge = a["emb_size_edge"]
+        super().__init__(a, a["emb_size_atom"], a["emb_size_trip_in"], a["emb_size_trip_out"], edge)
+        self.up_projection_ac = Dense(a["emb_size_trip_out"], edge)
 
     def forward(self, h, g):
         rad, Y, W = g["a2e"]
         x = self.down(self.dense_ba.linear(h).index_select(0, g["src2"]), rad)  # (E2, n_in)
-        M = torch.bmm(Y, gather(x, g["table2"]))  # (A, K S, n_in)
-        M = M.view(-1, W.shape[2], x.shape[1]).index_select(0, g["slot"])  # (E, S, n_in)
+        M = sum_to_edges(Y, gather(x, g["table2"]), W, g["slot"])
         return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
 
 
-class EdgeAtomInteraction(Interaction):
+class EdgeAtomInteraction(TripletLayers):
     """Edge to atom (e2a): main edges b -> a to the atom a, weighted by its neighbours c -> a."""
 
     def __init__(self, a):
-        super().__init__()
-        edge, n_in, n_out = a["emb_size_edge"], a["emb_size_trip_in"], a["emb_size_trip_out"]
-        self.dense_ba = Dense(edge, edge)
-        self.mlp_rbf = Dense(a["emb_size_rbf"], edge, activation=False)
-        self.scale_rbf = ScaleFactor()
-        self.mlp_cbf = Bilinear(a["emb_size_cbf"], n_in, n_out)
-        self.scale_cbf_sum = ScaleFactor()
-        self.down_projection = Dense(edge, n_in)
-        self.up_projection_ca = Dense(n_out, a["emb_size_atom"])
+        n_in, n_out = a["emb_size_trip_in"], a["emb_size_trip_out"]
+        super().__init__(a, a["emb_size_edge"], n_in, n_out, a["emb_size_atom"])
 
     def forward(self, m, g):
         rad, G = g["e2a"]
-        x = self.down(self.dense_ba.linear(m), rad)
+        x = self.down(self.dense_ba.linear(m), rad)  # (E, n_in)
         x = self.mlp_cbf(G, gather(x, g["table"]))  # (A, C, K) @ (A, K, n_in)
         return self.up_projection_ca(self.scale_cbf_sum(x))
 
@@ -448,7 +522,8 @@ class QuadrupletInteraction(Interaction):
         self.mlp_sbf = Bilinear(a["emb_size_sbf"], n_in, n_out)
         self.scale_sbf_sum = ScaleFactor()
         self.down_projection = Dense(edge, n_in)
-        self.add_up_projections(n_out, edge)
+        self.up_projection_ca = Dense(n_out, edge)
+        self.up_projection_ac = Dense(n_out, edge)
 
     def forward(self, m, g):
         rad, cbf, Y_theta, Y_phi, W = g["quad"]
@@ -457,7 +532,8 @@ class QuadrupletInteraction(Interaction):
 
         def weighted(x, cbf, W_cbf):
             x = gather(x, g["table_d"])  # (Q, Kd, n) edges d -> b
-            return self.scale_cbf(x * F.linear(cbf, W_cbf), x.flatten(0, 1) if self.scale_cbf.fitting else None)
+            reference = x.flatten(0, 1) if self.scale_cbf.fitting else None
+            return self.scale_cbf(x * F.linear(cbf, W_cbf), reference)
 
         x = Recompute.apply(weighted, x, cbf, self.mlp_cbf.linear.weight)
         M = torch.bmm(Y_theta, x).view(len(x), K, S * x.shape[2])  # (Q, Kc, S n) sum over d
@@ -468,7 +544,7 @@ class QuadrupletInteraction(Interaction):
 
 
 class AtomUpdate(nn.Module):
-    """Sum over main edges into an atom of m * W rad, then a stack of residual layers: (E, n_edge) -> (A, n_atom)."""
+    """Sum over the main edges into an atom of m * W rad, then residual layers: (E, n_edge) -> (A, n_atom)."""
 
     def __init__(self, a):
         super().__init__()
@@ -476,11 +552,11 @@ class AtomUpdate(nn.Module):
         self.dense_rbf = Dense(a["emb_size_rbf"], edge, activation=False)
         self.scale_sum = ScaleFactor()
         first = [Dense(edge, atom)] if edge != atom else []
-        self.layers = nn.ModuleList(first + residuals(a["num_atom"], atom))
+        self.layers = nn.ModuleList(first + residual_layers(a["num_atom"], atom))
 
-    def forward(self, m, g, rad, kept=1.0):
+    def forward(self, m, g, rad, scale=1.0):
         messages = lambda m, rad, W: sum_to(m * F.linear(rad, W), g["dst"], g["num_atoms"])  # noqa: E731
-        x = Recompute.apply(messages, m, rad, self.dense_rbf.linear.weight) / kept
+        x = Recompute.apply(messages, m, rad, self.dense_rbf.linear.weight) * scale
         x = self.scale_sum(x, m if self.scale_sum.fitting else None)
         for layer in self.layers:
             x = layer(x)
@@ -499,12 +575,12 @@ class InteractionBlock(nn.Module):
         self.atom_edge_interaction = AtomEdgeInteraction(a) if a["atom_edge_interaction"] else None
         self.edge_atom_interaction = EdgeAtomInteraction(a) if a["edge_atom_interaction"] else None
         self.atom_interaction = AtomInteraction(a) if a["atom_interaction"] else None
-        self.layers_before_skip = nn.Sequential(*residuals(a["num_before_skip"], edge))
-        self.layers_after_skip = nn.Sequential(*residuals(a["num_after_skip"], edge))
-        self.atom_emb_layers = nn.Sequential(*residuals(a["num_atom_emb_layers"], atom))
+        self.layers_before_skip = nn.Sequential(*residual_layers(a["num_before_skip"], edge))
+        self.layers_after_skip = nn.Sequential(*residual_layers(a["num_after_skip"], edge))
+        self.atom_emb_layers = nn.Sequential(*residual_layers(a["num_atom_emb_layers"], atom))
         self.atom_update = AtomUpdate(a)
         self.concat_layer = EdgeEmbedding(atom, edge, edge)
-        self.residual_m = nn.Sequential(*residuals(a["num_concat"], edge))
+        self.residual_m = nn.Sequential(*residual_layers(a["num_concat"], edge))
 
     def forward(self, h, m, g):
         def total(x, *interactions):
@@ -527,27 +603,36 @@ class OutputBlock(AtomUpdate):
 
     def __init__(self, a):
         super().__init__(a)
-        self.seq_energy2 = nn.Sequential(*residuals(a["num_output_afteratom"], a["emb_size_atom"]))
+        self.seq_energy2 = nn.Sequential(*residual_layers(a["num_output_afteratom"], a["emb_size_atom"]))
         if a["forces"]:
             self.scale_rbf_F = ScaleFactor()
-            self.seq_forces = nn.Sequential(*residuals(a["num_atom"], a["emb_size_edge"]))
+            self.seq_forces = nn.Sequential(*residual_layers(a["num_atom"], a["emb_size_edge"]))
             self.dense_rbf_F = Dense(a["emb_size_rbf"], a["emb_size_edge"], activation=False)
 
     def forward(self, h, m, g, with_edges=False):
-        x_E = self.seq_energy2((super().forward(m, g, g["rad_out"], g["kept"]) + h) * 0.5**0.5)
+        x_E = self.seq_energy2((super().forward(m, g, g["rad_out"], g["edge_scale"]) + h) * 0.5**0.5)
         if not with_edges:
             return x_E, None
         x = self.seq_forces(m)
         return x_E, self.scale_rbf_F(x * self.dense_rbf_F(g["rad_out"]), x)
 
 
-# ------------------------------------------------------------------------------------------------------------ backbones
+# ---------------------------------------------------------------- backbones
 
 
 class Backbone(nn.Module):
-    """What both backbones share; see the contract above."""
+    """What every backbone has, and the defaults of what it may have; see the contract above."""
 
-    interactions = ()  # what the names of the interaction blocks' parameters start with (finetune.py --freeze)
+    graphs = ("main",)
+    interactions = ()
+    can_checkpoint = checkpointing = False
+    edge_width = None
+    force_arguments = {}
+    ranges = {}
+
+    def __init__(self, arch):
+        super().__init__()
+        self.arch = arch
 
     def forward(self, batch, adapters=None):
         return self.readout(self.atom_features(batch), adapters)
@@ -555,31 +640,43 @@ class Backbone(nn.Module):
     def embed(self, batch, adapters=None):
         return pool(self(batch, adapters), batch, "mean")
 
+    def shared_gradient_divisors(self):
+        return {}
+
 
 class GemNetOC(Backbone):
     """GemNet-OC. The parameters' names are those of the published checkpoints without `backbone.`."""
 
     interactions = ("int_blocks.",)
-    checkpointing = False  # keep no array of a block for the backward pass, compute it again: less memory, more time
+    can_checkpoint = True
+    force_arguments = {"forces": True}
+    ranges = {"num_elements": (118, 1000), "num_spherical": (1, 20)} | dict.fromkeys(
+        ("num_before_skip", "num_after_skip", "num_concat", "num_atom", "num_output_afteratom",
+         "num_atom_emb_layers", "num_global_out_layers"), (0, 20))  # fmt: skip
 
     def __init__(self, arch):
-        super().__init__()
-        a = self.arch = arch
+        super().__init__(arch)
+        a, blocks = arch, arch["num_blocks"]
         self.width = self.adapter_width = a["emb_size_atom"]
-        self.num_features = a["num_blocks"] + 1
+        self.num_features = blocks + 1
+        self.edge_width = a["emb_size_edge"] if a["forces"] else None
+        near = a["atom_edge_interaction"] or a["edge_atom_interaction"]
+        reads = {"main": True, "a2ee2a": near, "qint": a["quad_interaction"], "a2a": a["atom_interaction"]}
+        self.graphs = tuple(graph for graph, used in reads.items() if used)
         self.embedding = nn.Embedding(a["num_elements"], a["emb_size_atom"])
         self.bases = Bases(a)
-        self.int_blocks = nn.ModuleList(InteractionBlock(a) for _ in range(a["num_blocks"]))
-        self.out_blocks = nn.ModuleList(OutputBlock(a) for _ in range(a["num_blocks"] + 1))
-        self.out_mlp_E = self.out_mlp(self.width, a)
+        self.int_blocks = nn.ModuleList(InteractionBlock(a) for _ in range(blocks))
+        self.out_blocks = nn.ModuleList(OutputBlock(a) for _ in range(blocks + 1))
+        self.out_mlp_E = self.out_mlp(self.width)
         if a["forces"]:
-            self.out_mlp_F = self.out_mlp(a["emb_size_edge"], a)
+            self.out_mlp_F = self.out_mlp(self.edge_width)
 
-    def out_mlp(self, n, a):
-        mlp = nn.Module()  # published name: out_mlp_E.out_mlp.0.linear.weight
-        layers = residuals(a["num_global_out_layers"], n)
-        mlp.out_mlp = nn.Sequential(Dense((a["num_blocks"] + 1) * n, n), *layers)
-        return mlp
+    def out_mlp(self, n):
+        """All blocks' outputs side by side -> n channels."""
+        named = nn.Module()  # published name: out_mlp_E.out_mlp.0.linear.weight
+        layers = residual_layers(self.arch["num_global_out_layers"], n)
+        named.out_mlp = nn.Sequential(Dense(self.num_features * n, n), *layers)
+        return named
 
     def states(self, batch, with_edges=False):
         """Yields (h, m, x_E, x_F, bases) before the first and after every interaction block."""
@@ -587,14 +684,15 @@ class GemNetOC(Backbone):
         with torch.autocast(device, enabled=False):  # angles need all digits
             g = self.bases(batch)
         if torch.is_autocast_enabled(device):  # lower the bases here once, not in every block
-            lower = lambda x: x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x  # noqa: E731
+            dtype = torch.get_autocast_dtype(device)
+            lower = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
             g |= {key: tuple(map(lower, basis)) for key, basis in g.items() if isinstance(basis, tuple)}
         h = self.embedding(batch["Z"] - 1)
         m = self.bases.edge_emb(h, g["rbf"], g["src"], g["dst"])
         yield h, m, *self.out_blocks[0](h, m, g, with_edges), g
         for block, out_block in zip(self.int_blocks, self.out_blocks[1:]):
 
-            def step(h, m, block=block, out_block=out_block):  # bound now: the backward pass may call it again
+            def step(h, m, block=block, out_block=out_block):  # bound now: checkpointing calls it again
                 h, m = block(h, m, g)
                 return h, m, *out_block(h, m, g, with_edges)
 
@@ -616,66 +714,40 @@ class GemNetOC(Backbone):
         return x_E, self.out_mlp_F.out_mlp(torch.cat(x_F, dim=1)), g[0]["V"]
 
     def shared_gradient_divisors(self):
-        """{parameter name: how many blocks share it}; JMP divides these gradients by it before clipping."""
+        """JMP divides these gradients by the number of blocks before clipping."""
         blocks = self.arch["num_blocks"]
         names = [n for n, _ in self.bases.named_parameters() if not n.startswith("edge_emb")]
         return {f"bases.{n}": blocks + n.startswith("mlp_rbf_out") for n in names}
 
 
-class CGCNN(Backbone):
-    """Crystal graph convolutional network (Xie and Grossman 2018) behind the same contract: a fork's worked example.
+@torch.no_grad()
+def fit_scale_factors(backbone, batch):
+    """Set every ScaleFactor of a fresh backbone from one batch, in the order the layers run.
 
-    h_i <- softplus(h_i + sum_j sigmoid(z_ij W_f + b_f) * softplus(z_ij W_s + b_s)), z_ij = [h_i, h_j, gaussians(d_ij)],
-    with batch norm after each linear map and each sum. Departures: a learned embedding of the element instead of the
-    92 tabulated features, and the head of this project, which reads atoms before pooling.
+    Each becomes sqrt(var(reference) / var(x)), or 1 / sqrt(var(x)) without a reference; variances are kept.
     """
-
-    interactions = ("fc_full.", "bn1.", "bn2.")
-
-    def __init__(self, arch):
-        super().__init__()
-        a = self.arch = arch
-        C = self.width = self.adapter_width = a["emb_size_atom"]
-        self.num_features = a["num_blocks"] + 1
-        self.embedding = nn.Embedding(a["num_elements"], C)
-        self.radial_basis = Gaussians(a["num_radial"], a["rbf_cutoff"])
-        self.fc_full = nn.ModuleList(nn.Linear(2 * C + a["num_radial"], 2 * C) for _ in range(a["num_blocks"]))
-        self.bn1 = nn.ModuleList(nn.BatchNorm1d(2 * C) for _ in range(a["num_blocks"]))
-        self.bn2 = nn.ModuleList(nn.BatchNorm1d(C) for _ in range(a["num_blocks"]))
-        self.conv_to_fc = nn.Linear(C, C)
-
-    def atom_features(self, batch):
-        src, dst = batch["main.src"], batch["main.dst"]
-        d, _ = edge_vectors(batch, "main", self.radial_basis.rbf.offset.dtype)
-        rbf = self.radial_basis(d)
-        h = self.embedding(batch["Z"] - 1)
-        features = [h]
-        for fc, bn1, bn2 in zip(self.fc_full, self.bn1, self.bn2):
-            z = torch.cat([h.index_select(0, dst), h.index_select(0, src), rbf], dim=1)  # (E, 2 C + R)
-            gate, core = bn1(fc(z)).chunk(2, dim=1) if len(z) > 1 or not self.training else fc(z).chunk(2, dim=1)
-            messages = sum_to(torch.sigmoid(gate) * F.softplus(core), dst, len(h))
-            h = F.softplus(h + (bn2(messages) if len(h) > 1 or not self.training else messages))
-            features.append(h)
-        return torch.stack(features, dim=1)
-
-    def readout(self, features, adapters=None):
-        x = features[:, -1]
-        if adapters is not None:  # the readout reads the last block; adapters of the others add what they change
-            x = x + (adapters(features) - features).sum(1)
-        return F.softplus(self.conv_to_fc(x))
+    factors = [module for module in backbone.modules() if isinstance(module, ScaleFactor)]
+    for factor in factors:
+        factor.fitting = True
+    training = backbone.training
+    backbone.eval()
+    if backbone.edge_width is None:
+        backbone(batch)
+    else:
+        backbone.edge_features(batch)
+    backbone.train(training)
+    for factor in factors:
+        factor.fitting = False
 
 
-BACKBONES = {"gemnet_oc": GemNetOC, "cgcnn": CGCNN}
-
-# --------------------------------------------------------------------------------------- adapters, heads and pooling
+# ---------------------------------------------------------------- adapters, heads and pooling
 
 
 class Adapters(nn.Module):
-    """One bottleneck for each per-block atom output: x + up(dropout(relu(down(layer_norm(x))))). (A, L, C) -> same."""
+    """A bottleneck for each per-block output, x + up(dropout(relu(down(norm(x))))): (A, L, C) -> same."""
 
-    def __init__(self, arch, dropout=0.1):
+    def __init__(self, C, L, dropout=0.1):
         super().__init__()
-        C, L = arch["emb_size_atom"], arch["num_blocks"] + 1
         self.norm = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.down = nn.ModuleList(nn.Linear(C, C // 2) for _ in range(L))
         self.up = nn.ModuleList(nn.Linear(C // 2, C) for _ in range(L))
@@ -691,11 +763,13 @@ class Adapters(nn.Module):
         return torch.stack(out, dim=1)
 
 
-def new_adapters(arch, seed=0):
-    """Initial adapters; the same values for every module of a hub."""
+def new_adapters(backbone, seed=0):
+    """Initial adapters of a backbone, or of an architecture; the same values for every module of a hub."""
+    if isinstance(backbone, dict):
+        backbone = shapes_only(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Adapters(arch)
+        return Adapters(backbone.adapter_width, backbone.num_features)
 
 
 def mlp(n, n_out=1):
@@ -722,14 +796,14 @@ def pool(x, batch, how):
         return total
     if how == "mean":
         return total / batch["num_atoms"].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    raise ValueError(f"pooling {how!r}: use mean, sum or max")
+    raise UserError(f"pooling {how!r}: use mean, sum or max")
 
 
 class PropertyModel(nn.Module):
     """Backbone (with or without adapters) and a property head. model(batch) -> (B,) normalised predictions.
 
-    With stored atom features in the batch ("features", (A, L, C)) the backbone's blocks are not run: adapters train on
-    features that were encoded once.
+    With stored atom features in the batch ("features", (A, L, C)) the backbone's blocks are not run: adapters
+    train on features that were encoded once.
     """
 
     def __init__(self, backbone, pooling, adapters=None):
@@ -746,8 +820,8 @@ class PropertyModel(nn.Module):
 class PretrainModel(nn.Module):
     """JMP's pre-training model: an energy head and, where a set has forces, a force head for each data set.
 
-    model(batch, task) -> energy (B,), the sum over atoms, and forces (A, 3) or None; both normalised. Direct forces:
-    the force on atom t is the sum over main edges into t of scalar_e * V_e.
+    model(batch, task) -> energy (B,), the sum over atoms, and forces (A, 3) or None; both normalised. Direct
+    forces: the force on atom t is the sum over main edges into t of scalar_e * V_e.
     """
 
     def __init__(self, backbone, tasks):
@@ -755,7 +829,7 @@ class PretrainModel(nn.Module):
         self.backbone = backbone
         self.out_energy = nn.ModuleDict({name: mlp(backbone.width) for name in tasks})
         with_forces = [name for name, has_forces in tasks.items() if has_forces]
-        self.out_forces = nn.ModuleDict({name: mlp(backbone.arch["emb_size_edge"]) for name in with_forces})
+        self.out_forces = nn.ModuleDict({name: mlp(backbone.edge_width) for name in with_forces})
 
     def forward(self, batch, task):
         if task not in self.out_forces:
@@ -765,82 +839,8 @@ class PretrainModel(nn.Module):
         return energy, sum_to(self.out_forces[task](x_F) * V, batch["main.dst"], len(x_E))
 
 
-# -------------------------------------------------------------------------------------------------------------- presets
+# ---------------------------------------------------------------- backbones by name; each file adds its own
 
-GEMNET = dict(
-    num_elements=120, num_radial=128, num_spherical=7, num_blocks=4, emb_size_atom=256, emb_size_edge=512,
-    emb_size_trip_in=64, emb_size_trip_out=64, emb_size_quad_in=32, emb_size_quad_out=32, emb_size_aint_in=64,
-    emb_size_aint_out=64, emb_size_rbf=16, emb_size_cbf=16, emb_size_sbf=32, num_before_skip=2, num_after_skip=2,
-    num_concat=1, num_atom=3, num_output_afteratom=3, num_atom_emb_layers=2, num_global_out_layers=2, rbf_cutoff=12.0,
-    trip_interaction=True, quad_interaction=True, atom_edge_interaction=True, edge_atom_interaction=True,
-    atom_interaction=True, forces=False,
-)  # fmt: skip
-JMP_L = dict(num_blocks=6, emb_size_edge=1024, emb_size_trip_out=128, emb_size_quad_in=64, emb_size_rbf=32,
-             emb_size_sbf=64, num_concat=4)  # fmt: skip
-SMALL = dict(
-    num_radial=32, num_spherical=5, num_blocks=2, emb_size_atom=128, emb_size_edge=64, emb_size_trip_in=16,
-    emb_size_trip_out=16, emb_size_quad_in=8, emb_size_quad_out=8, emb_size_aint_in=32, emb_size_aint_out=32,
-    emb_size_rbf=16, emb_size_cbf=8, emb_size_sbf=8, num_before_skip=1, num_after_skip=1, num_concat=1, num_atom=1,
-    num_output_afteratom=1, num_atom_emb_layers=1, num_global_out_layers=1, rbf_cutoff=6.0, quad_interaction=False,
-)  # fmt: skip
-TINY = SMALL | dict(num_radial=16, num_spherical=4, num_blocks=1, emb_size_atom=32, emb_size_edge=24,
-                    emb_size_aint_in=16, emb_size_aint_out=16, emb_size_rbf=8)  # fmt: skip
-GEMNET_PRESETS = {  # constructor arguments, graph settings
-    "tiny": (GEMNET | TINY, dict(cutoff=6.0, max_neighbors=8, max_neighbors_a2ee2a=8, max_neighbors_qint=4)),
-    "small": (GEMNET | SMALL, dict(cutoff=6.0, max_neighbors=12, max_neighbors_a2ee2a=12, max_neighbors_qint=6)),
-    "base": (GEMNET, {}),  # JMP-S
-    "large": (GEMNET | JMP_L, {}),  # JMP-L
-}
-CGCNN_FULL = dict(num_elements=120, num_radial=41, num_blocks=3, emb_size_atom=64, rbf_cutoff=8.0)
-CGCNN_GRAPH = dict(cutoff=8.0, max_neighbors=12)
-CGCNN_PRESETS = {name: (CGCNN_FULL, CGCNN_GRAPH) for name in ("small", "base", "large")}
-CGCNN_PRESETS["tiny"] = (CGCNN_FULL | dict(emb_size_atom=32, num_blocks=2), CGCNN_GRAPH)
-PRESETS = {"gemnet_oc": GEMNET_PRESETS, "cgcnn": CGCNN_PRESETS}
+BACKBONES["gemnet_oc"] = GemNetOC
 
-
-def preset(name, backbone="gemnet_oc", **overrides):
-    """Architecture and graph settings by name, a JSON-able dict. Overrides: constructor arguments, or graph={...}."""
-    if backbone not in BACKBONES:
-        raise ValueError(f"--backbone {backbone}: use one of {', '.join(BACKBONES)}")
-    if name not in PRESETS[backbone]:
-        raise ValueError(f"--preset {name}: use one of {', '.join(PRESETS[backbone])}")
-    arch, graph = PRESETS[backbone][name]
-    graph_overrides = overrides.pop("graph", {})
-    unknown = set(overrides) - set(arch)
-    if unknown:
-        raise ValueError(f"{backbone} has no setting {', '.join(sorted(unknown))}; it has {', '.join(arch)}")
-    arch = arch | overrides
-    cutoff = graph.get("cutoff", 12.0)
-    graph = dict(graph)
-    for key in ("cutoff_a2ee2a", "cutoff_qint", "cutoff_a2a"):
-        graph.setdefault(key, cutoff)
-    graph["a2ee2a"] = bool(arch.get("atom_edge_interaction") or arch.get("edge_atom_interaction"))
-    graph["qint"] = bool(arch.get("quad_interaction"))
-    graph["a2a"] = bool(arch.get("atom_interaction"))
-    graph = vars(GraphConfig(**(graph | graph_overrides)))
-    return {"backbone": backbone, "preset": name, **arch, "graph": dict(graph)}
-
-
-def build_backbone(arch):
-    """The backbone that `arch` describes, with fresh weights (torch's global seed)."""
-    return BACKBONES[arch["backbone"]](arch)
-
-
-@torch.no_grad()
-def fit_scale_factors(backbone, batch):
-    """Set every scale factor of a fresh GemNet-OC from one batch, in the order the layers run.
-
-    Each becomes sqrt(var(reference) / var(x)), or 1 / sqrt(var(x)) without a reference; variances are kept.
-    """
-    factors = [module for module in backbone.modules() if isinstance(module, ScaleFactor)]
-    for factor in factors:
-        factor.fitting = True
-    training = backbone.training
-    backbone.eval()
-    if backbone.arch.get("forces"):
-        backbone.edge_features(batch)
-    else:
-        backbone(batch)
-    backbone.train(training)
-    for factor in factors:
-        factor.fitting = False
+import cgcnn  # noqa: E402, F401

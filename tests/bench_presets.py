@@ -2,8 +2,9 @@
 
     python tests/bench_presets.py --task jarvis_eform --tasks ../shared/matminer/tasks.json --limit 2000 --epochs 12
 
-Speed: training steps (forward, backward, AdamW) on batches of 32 crystals of 8 atoms, the best of five, float32, threads as
-torch finds them (OMP_NUM_THREADS). Error: validation MAE after the epochs, same rows, seed and learning rate for all.
+Speed: training steps (forward, backward, AdamW) on batches of 32 crystals of 8 atoms, the best of five, float32,
+threads as torch finds them (OMP_NUM_THREADS). Error: validation MAE after the epochs, same rows, seed and learning
+rate for all.
 """
 
 import argparse
@@ -19,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import model as moma
 import train_module as tm
+from stage import prepare
 from tasks import unit_of
 
 VARIANTS = {
     "small": {},
     "small without a2e": {"atom_edge_interaction": False},
-    "small with quadruplets": {"quad_interaction": True},
+    "small with quadruplets": {"quad_interaction": True, "graph": {"qint": True}},
     "small with 4 blocks": {"num_blocks": 4},
     "small, edges twice as wide": {"emb_size_edge": 128},
 }
@@ -62,12 +64,13 @@ def speed(arch, crystals=32):
 
 def error(arch, cfg):
     """Validation MAE after training from scratch, and the unit."""
-    crystals, dataset, splits = tm.prepare(cfg, arch)
+    crystals, dataset, splits = prepare(cfg, arch)
     torch.manual_seed(cfg.seed)
     backbone = moma.build_backbone(arch)
     moma.fit_scale_factors(backbone, data.collate([dataset[int(i)] for i in splits["train"][:32]]))
+    model = tm.new_head(backbone, None, crystals.task.pooling, cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
-        _, result, *_ = tm.train(cfg, Path(folder), backbone, None, crystals, dataset, splits)
+        result = tm.results(*tm.train(cfg, Path(folder), model, crystals, dataset, splits, record={}))
     return result["val_mae"], unit_of(crystals.task)
 
 
@@ -86,9 +89,8 @@ def main():
         rate, parameters = speed(arch)
         line = f"{name:28} {rate:5.0f} crystals/s  {parameters / 1e6:.2f} M parameters"
         if args.task:
-            cfg = tm.Config(task=args.task, data=args.data, tasks=args.tasks, limit=args.limit, epochs=args.epochs, lr=args.lr,
-                            quiet=True)  # fmt: skip
-            mae, unit = error(arch, cfg)
+            settings = {k: v for k, v in vars(args).items() if k in ("task", "data", "tasks", "limit", "epochs", "lr")}
+            mae, unit = error(arch, tm.Config(**settings, quiet=True))
             line += f"  val MAE {mae:.4g} {unit}"
         print(line, flush=True)
 
