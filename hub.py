@@ -1,20 +1,19 @@
 """The hub H = {g_1 ... g_N}: a plain directory of MoMa modules (section 2.2, module centralisation).
 
-    python hub.py list                        one line a module
-    python hub.py show mp_eform               its card
-    python hub.py verify                      every hash, every card; exit 1 names what is wrong
-    python hub.py import jmp-l.pt             published weights -> hub/backbone, or modules; see `import --help`
+    python hub.py list                   one line a module
+    python hub.py show mp_eform          its card
+    python hub.py verify                 every hash, every card; exit 1 names what is wrong
 
-    hub/backbone/                             theta_0, which every module starts from (+ adapters.safetensors, theirs)
-    hub/mp_eform/module.safetensors           tensors only: all backbone parameters (full) or the adapters' (adapter)
-                 head.safetensors             the source task's own head, never composed
-                 module.json                  the card: what it is, how it was made, SHA-256 of every file
-                 history.csv  README.md       the training curve; the card for people
-                 composition.json             composed modules only
+    hub/backbone/                        theta_0, which every module starts from
+    hub/mp_eform/module.safetensors      parameters of backbone (full) or adapters (adapter)
+                 head.safetensors        the source task's own head, never composed
+                 module.json             the card: what it is, how it was made, all SHA-256
+                 history.csv  README.md  the training curve; the card for people
+                 composition.json        composed modules only
 
-Privacy: a module may be shared when its data may not, so a card holds no structures, labels, row ids, local paths or
-user names; `save` refuses what looks like one. Weights can still carry traces of the data.
-Nothing here unpickles but `import`, which is restricted: tensors are safetensors, the rest is JSON and CSV.
+A fine-tuned run is such a folder outside a hub, with its results and with model.safetensors
+(backbone, adapters, head). Nothing here unpickles: tensors are safetensors, the rest is JSON, CSV
+and PNG. Weights can carry traces of their data.
 """
 
 import argparse
@@ -22,62 +21,58 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+
+# before torch
+from files import VERSION, MissingError, UserError, leftover, read_json, recover, sync, whole_folder
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-FORMAT_VERSION = 1
-BACKBONE = "backbone"  # the folder of theta_0, which is not a module
-MAIN, HEAD, ADAPTERS = "module.safetensors", "head.safetensors", "adapters.safetensors"
-AGAIN = "copy the module's folder again, or retrain it"
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+from card import (ADAPTERS, AGAIN, BACKBONE, CARD, FORMAT_VERSION, HEAD, MAIN, MODEL, card_sha256, cell,
+                  check_private, parse_card, readme, to_json)  # fmt: skip
+from model import build_backbone, mlp, new_adapters
 
-NUMBER, TEXT, SOME = int | float | None, str | None, object
-CARD = {  # every field of module.json; null where it does not apply; mean, std and errors are in `unit`
-    "format_version": int, "name": str, "kind": str, "property": TEXT, "unit": TEXT, "transform": TEXT, "pooling": TEXT,
-    "normalizer_mean": NUMBER, "normalizer_std": NUMBER, "val_mae": NUMBER, "test_mae": NUMBER, "mad": NUMBER,
-    "architecture": dict, "graph": dict | None, "num_parameters": int, "signature": str, "backbone_sha256": TEXT,
-    "tensors_sha256": str, "files_sha256": dict, "card_sha256": TEXT, "dataset": TEXT, "dataset_fingerprint": SOME,
-    "rows_used": NUMBER, "rows_skipped": NUMBER, "elements": SOME, "seed": SOME, "split_seed": SOME, "split": SOME,
-    "training": SOME, "seconds": NUMBER, "hardware": SOME, "license_code": TEXT, "license_weights": TEXT,
-    "license_data": TEXT, "parents": SOME, "weights": SOME,
-}
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ names and files
+# ---------------------------------------------------------------- names and files
 
 
 def check_name(name: str) -> None:
     """A module's name is its folder's: lower case, so that it means the same on every file system."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name) or ".." in name:
         hint = f"; use {name.lower()!r}" if re.fullmatch(r"[A-Za-z0-9_]+", name) and name[0] != "_" else ""
-        raise ValueError(f"module name {name!r}: takes a-z 0-9 . _ - only, a letter or digit first, no '..'{hint}")
+        raise UserError(f"module name {name!r}: takes a-z 0-9 . _ -, a letter or digit first, no '..'{hint}")
 
 
 def module_dir(hub, name: str) -> Path:
     """Folder of one module, existing or not; refuses a name or a link that leads out of the hub."""
     check_name(name)
     if (Path(hub) / name).resolve() != Path(hub).resolve() / name:
-        raise ValueError(f"{Path(hub) / name}: a link that leads elsewhere; put the module's own folder into the hub")
+        raise UserError(f"{Path(hub) / name}: a link that leads elsewhere; put the module's own folder there")
     return Path(hub) / name
 
 
 def module_file(path, file: str) -> Path:
     """One file of a module's folder; refuses links and names what is missing."""
     path = Path(path)
+    recover(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such module; `python hub.py list --hub {path.parent}` names those there")
+        raise MissingError(f"{path}: no such module; see python hub.py list --hub {path.parent}")
     if (path / file).is_symlink():
-        raise ValueError(f"{path / file}: a link that may lead elsewhere; put the file itself there")
+        raise UserError(f"{path / file}: a link that may lead elsewhere; put the file itself there")
     if not (path / file).is_file():
-        raise FileNotFoundError(f"{path / file}: missing; {AGAIN}")
+        raise MissingError(f"{path / file}: missing; {AGAIN}")
     return path / file
 
 
@@ -87,201 +82,161 @@ def sha256(file) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------- writing
 
 
 def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_init: dict | None = None,
-         history: str = "", extra: dict | None = None, overwrite: bool = False) -> dict:
-    """Write one module (or theta_0): either the whole folder appears or nothing does. Returns the completed card.
+         history: str = "", extra: dict | None = None, overwrite: bool = False, main: str = MAIN) -> dict:
+    """Write one module (or theta_0): the whole folder appears, or nothing does. Returns the completed card.
 
-    path: hub/NAME. tensors, head, adapters_init: {name: tensor} on any device. history: the text of history.csv.
-    extra: {"composition.json": json-able}. overwrite: a folder of that name is replaced as a whole.
-    Filled in here: name, format version, hashes, signature, number of parameters, null for what `card` leaves out.
+    path: hub/NAME. tensors, head, adapters_init: {name: tensor}, any device. history: text of history.csv.
+    extra: {"composition.json": json-able, "weights.png": bytes}; bytes are written as they are, not checked.
+    overwrite: replace a module of that name as a whole. main: MODEL for a fine-tuned run, outside a hub.
+    Filled in here: name, versions, hashes, signature, number of parameters, null for what `card` leaves out.
+    Raises UserError for what is given wrongly, OSError where the disk is full; then nothing has changed.
+    """
+    path, contents = Path(path), {}
+    check_card(card, path, main)
+    replace = check_place(path, overwrite)
+    for file, content in (extra or {}).items():
+        reserved = file in ("module.json", "history.csv")
+        if reserved or not re.fullmatch(r"[a-z][a-z0-9_-]*\.(json|csv|png)", file):
+            raise UserError(f"{path / file}: extra files are named like composition.json")
+        if not isinstance(content, bytes):
+            check_private(content, str(path / file))
+            content = to_json(content, path / file).encode()
+        contents[file] = content
+    if history:
+        contents["history.csv"] = history.encode()
+    groups = {file: group for file, group in ((HEAD, head), (ADAPTERS, adapters_init)) if group}
+    try:
+        with whole_folder(path, replace) as part:
+            sums = {main: write_tensors(part / main, tensors, path / main)}
+            sums |= {file: write_tensors(part / file, group, path / file) for file, group in groups.items()}
+            sums |= {file: write_bytes(part / file, content) for file, content in contents.items()}
+            card = complete(card, path, sums, tensors)
+            write_bytes(part / "module.json", to_json(card, path).encode())
+            write_bytes(part / "README.md", readme(card).encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return card
+
+
+def check_card(card: dict, path, main: str = MAIN) -> None:
+    """Refuse what `save` would refuse about a card and its name: before the first epoch, not after all."""
+    path = Path(path)
+    if main == MAIN:
+        module_dir(path.parent, path.name)
+    elif path.name in ("", ".."):
+        raise UserError(f"{path}: not the name of a folder; give one")
+    complete(card, path, {MAIN: "0" * 64}, {})
+
+
+def check_place(path, overwrite: bool = False) -> bool:
+    """Refuse a path that `save` may not write to: one in use, or with `overwrite` one that is no module's.
+
+    Returns whether a folder is there, to be replaced. An empty one is.
     """
     path = Path(path)
-    module_dir(path.parent, path.name)
-    if path.exists() and not (overwrite and path.is_dir()):
-        raise ValueError(f"{path}: exists already; delete it, choose another name, or allow it to be overwritten")
-    for file in extra or {}:
-        if not re.fullmatch(r"[a-z0-9_-]+\.json", file) or file == "module.json":
-            raise ValueError(f"{path / file}: extra files are named like composition.json")
-    for file, content in {"module.json": card, **(extra or {})}.items():  # before the work of writing tensors
-        check_private(content, f"{path / file}")
+    recover(path)
+    if path.is_symlink() or path.exists() and not path.is_dir():
+        raise UserError(f"{path}: not a folder, so it is not replaced; remove it or name another")
+    inside = sorted(path.iterdir()) if path.exists() else []
+    if inside and not overwrite:
+        raise UserError(f"{path}: exists already; delete it, name another, or give --overwrite")
+    foreign = [p for p in inside if p.is_dir()] or inside * (not has_card(path))
+    if foreign:
+        raise UserError(f"{path}: holds {foreign[0].name}, so it is no module and not replaced; name another")
+    return path.exists()
 
-    part = path.parent / f".{path.name}.part-{secrets.token_hex(4)}"  # a sibling: renaming stays in one file system
+
+def has_card(path: Path) -> bool:
+    """Whether the folder is one that `save` wrote, damaged or not."""
     try:
-        part.mkdir(parents=True)
-        hashes = {}
-        for file, group in {MAIN: tensors, HEAD: head, ADAPTERS: adapters_init}.items():
-            if group or file == MAIN:
-                hashes[file] = write_tensors(part / file, group, shown=path / file)
-        for file, content in (extra or {}).items():
-            hashes[file] = write_text(part / file, to_json(content, path / file))
-        if history:
-            hashes["history.csv"] = write_text(part / "history.csv", history)
-        card = write_card(part / "module.json", card, tensors, hashes, shown=path / "module.json")
-        write_text(part / "README.md", readme(card))
-        _sync(part)
-        _move_into_place(part, path, overwrite)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return card
+        card = read_json(path / "module.json", "a card", most=2**24)
+    except UserError:
+        return False
+    return isinstance(card, dict) and "format_version" in card
 
 
-def write_card(file: Path, card: dict, tensors: dict, hashes: dict, shown: Path | None = None) -> dict:
-    """Complete and write a card. hashes: {file name: SHA-256}, that of `tensors` first. Returns what a reader gets."""
-    shown = shown or file
-    check_private(card, str(shown))
-    filled = {"format_version": FORMAT_VERSION, "name": shown.parent.name, "signature": signature(tensors),
-              "num_parameters": sum(t.numel() for t in tensors.values()), "tensors_sha256": next(iter(hashes.values())),
-              "files_sha256": {name: h for name, h in hashes.items() if name != MAIN}}
-    card = json.loads(to_json({**dict.fromkeys(CARD), **card, **filled}, shown))  # plain numbers, lists for tuples
-    text = to_json({**card, "card_sha256": card_sha256(card)}, shown)
-    card = parse_card(text, shown)
-    write_text(file, text)
-    return card
-
-
-def card_sha256(card: dict) -> str:
-    """SHA-256 of the card's other fields: `verify` finds a card that was edited, reading does not mind."""
-    text = json.dumps({k: v for k, v in card.items() if k != "card_sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _move_into_place(part: Path, path: Path, overwrite: bool) -> None:
-    """Rename `part` to `path`. An old folder is first renamed aside, and brought back if anything goes wrong."""
-    aside = path.parent / part.name.replace(".part-", ".old-")
-    try:
-        if overwrite and path.exists():
-            os.rename(path, aside)
-        os.rename(part, path)  # fails where another process was quicker: its folder has files
-        _sync(path.parent)
-    except OSError as e:
-        raise ValueError(f"{path}: could not be put in place ({e.strerror}); is another process saving it?") from e
-    finally:
-        if aside.exists() and not path.exists():
-            os.rename(aside, path)
-        shutil.rmtree(aside, ignore_errors=True)
+def complete(card: dict, path: Path, sums: dict, tensors: dict) -> dict:
+    """The card as it is written to `path`. sums: {file: SHA-256}, that of `tensors` first."""
+    file = path / "module.json"
+    check_private(card, str(file))
+    filled = {
+        "format_version": FORMAT_VERSION, "version": VERSION, "name": path.name,
+        "num_parameters": sum(t.numel() for t in tensors.values()), "signature": signature(tensors),
+        "tensors_sha256": next(iter(sums.values())),
+        "files_sha256": {name: digest for name, digest in sums.items() if name != MAIN},
+    }  # fmt: skip
+    text = to_json({**dict.fromkeys(CARD), **card, **filled}, file)  # plain numbers, lists for tuples
+    card = parse_card(json.loads(text), file)
+    return card | {"card_sha256": card_sha256(card)}
 
 
 def write_tensors(file: Path, tensors: dict, shown=None) -> str:
-    """Write {name: tensor}, all finite, as safetensors. Returns the SHA-256. shown: the path that errors name."""
+    """Write {name: tensor}, all finite, as safetensors. Returns the SHA-256. shown: the path in errors."""
     if not tensors:
-        raise ValueError(f"{shown or file}: no tensors to save")
+        raise UserError(f"{shown or file}: no tensors to save")
     out, seen = {}, set()
     for name, t in tensors.items():
         if t.dtype not in DTYPES:
-            raise ValueError(f"{shown or file}: tensor {name!r} is {t.dtype}; save real numbers or integers")
+            raise UserError(f"{shown or file}: tensor {name!r} is {t.dtype}; save real numbers or integers")
         check_finite(name, t, shown or file)
         t = t.detach().cpu().contiguous()
         memory = t.untyped_storage().data_ptr()
-        out[name] = t.clone() if memory in seen else t  # tied tensors are stored twice: every name is in the file
+        out[name] = t.clone() if memory in seen else t  # tied tensors are stored under every name
         seen.add(memory)
-    save_file(out, file, metadata={"format": "pt"})
-    os.chmod(file, file.parent.stat().st_mode & 0o666)  # safetensors makes it private; a hub is shared as its folder is
-    _sync(file)
-    return sha256(file)
-
-
-def write_text(file: Path, text: str) -> str:
-    """Write UTF-8 text through to the disk. Returns the SHA-256."""
-    file.write_bytes(text.encode())
-    _sync(file)
-    return sha256(file)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        save_file(out, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # the system's error is in its text only
+        if not (found := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+    os.chmod(file, file.parent.stat().st_mode & 0o666)  # not private, but shared as its folder is
+    sync(file)
+    return sha256(file)
 
 
-def to_json(content, shown) -> str:
-    try:  # numpy numbers and one-element tensors become plain numbers
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=lambda v: v.item()) + "\n"
-    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"{shown}: not writable as JSON ({e}); use numbers, text, lists, and null for NaN") from None
+def write_bytes(file: Path, content: bytes) -> str:
+    """Write through to the disk. Returns the SHA-256."""
+    file.write_bytes(content)
+    sync(file)
+    return sha256(file)
 
 
-PRIVATE_FIELDS = {"ids", "row_ids", "rows", "structures", "positions", "labels", "targets", "user", "username",
-                  "hostname", "cwd"}
-LOCAL_PATH = re.compile(r"""(^|[\s=,;("'\[])(~?/\w|~\w*/|\.\.?/|[A-Za-z]:[\\/]|\\\\\w|file:/)""")
-
-
-def check_private(record, where: str = "card") -> None:
-    """Refuse private field names, values that look like a local path, and long lists of integers (row numbers).
-
-    A net, not a proof: a relative file name, or a user's name as such, is not recognised.
-    """
-    found = ""
-    if isinstance(record, str | Path) and LOCAL_PATH.search(str(record)):
-        found = f"{str(record)[:80]!r} looks like a local path"
-    elif isinstance(record, list | tuple) and len(record) > 118 and all(isinstance(v, int) for v in record):
-        found = f"{len(record)} integers look like row numbers"  # a list of elements is never that long
-    elif isinstance(record, dict) and (fields := PRIVATE_FIELDS & {k for k, v in record.items() if v is not None}):
-        found = f"field {min(fields)!r} may not be shared"
-    if found:
-        raise ValueError(f"{where}: {found}; leave it out, modules are shared when their data are not")
-    if isinstance(record, dict):
-        for key, value in record.items():
-            check_private(str(key), f"{where}: a key")
-            check_private(value, f"{where}: {key}")
-    elif isinstance(record, list | tuple):
-        for value in record:
-            check_private(value, where)
-
-
-# -------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------- reading
 
 
 def read_card(path) -> dict:
-    """The card of the module in folder `path`, checked for form."""
+    """The card of the module in folder `path`, checked; null for the fields that it lacks."""
     file = module_file(path, "module.json")
-    if file.stat().st_size > 2**24:
-        raise ValueError(f"{file}: larger than 16 MiB, so not a card; {AGAIN}")
-    return parse_card(file.read_bytes(), file)
+    return parse_card(read_json(file, "a card", AGAIN, most=2**24), file)
 
 
-def parse_card(text, file: Path) -> dict:
-    """The card in `text`; `file` is the path it has or will have."""
-    try:
-        card = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not valid JSON ({e}); {AGAIN}") from None
-    version = card.get("format_version") if isinstance(card, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: format_version is {version!r}, not {FORMAT_VERSION}; use the release that wrote it")
-    bad = [field for field, form in CARD.items() if not isinstance(card.get(field), form)]
-    bad = bad or [f for f in ("tensors_sha256", "signature") if not re.fullmatch("[0-9a-f]{64}", card[f])]
-    bad = bad or [f for f in card["files_sha256"] if not re.fullmatch(r"[A-Za-z0-9_-][\w.-]*", f)]
-    if bad:
-        raise ValueError(f"{file}: {bad[0]!r} is missing or of the wrong form; {AGAIN}")
-    kinds = [BACKBONE] if file.parent.name == BACKBONE else ["full", "adapter"]
-    if card["kind"] not in kinds:
-        raise ValueError(f"{file}: kind is {card['kind']!r}, not {' or '.join(kinds)}; only theta_0 is in {BACKBONE!r}")
-    return card
+def main_file(card: dict) -> str:
+    """The file whose tensors the card's signature and tensors_sha256 are of."""
+    return MODEL if MODEL in card["files_sha256"] else MAIN
 
 
 def checked_file(path, file: str) -> Path:
     """One file of a module, after comparing its SHA-256 with the card."""
     path, card = Path(path), read_card(path)
-    expected = card["tensors_sha256"] if file == MAIN else card["files_sha256"].get(file)
-    if expected is None:
-        raise ValueError(f"{path / 'module.json'}: lists no {file}; module {path.name} was saved without one")
-    if sha256(module_file(path, file)) != expected:
-        raise ValueError(f"{path / file}: damaged or changed, its SHA-256 is not the card's; {AGAIN}")
+    digest = card["tensors_sha256"] if file == main_file(card) else card["files_sha256"].get(file)
+    if digest is None:
+        raise UserError(f"{path / 'module.json'}: lists no {file}; module {path.name} was saved without one")
+    if sha256(module_file(path, file)) != digest:
+        raise UserError(f"{path / file}: damaged or changed, its SHA-256 is not the card's; {AGAIN}")
     return path / file
 
 
 def open_tensors(path, file: str = MAIN):
-    """A safetensors handle (`keys()`, `get_tensor(name)`) for one tensor at a time, its hash and values checked.
+    """A safetensors handle (`keys()`, `get_tensor(name)`), the file's hash and values checked.
 
-    The file is memory-mapped: what it costs in memory is the tensors in use, whatever the size of the module.
+    It is memory-mapped: what it costs in memory is the tensors in use, whatever the size of the module.
     """
     file = checked_file(path, file)
-    handle = _open(file)
+    handle = open_safetensors(file)
     for name in handle.keys():
         check_finite(name, handle.get_tensor(name), file)
     return handle
@@ -293,56 +248,130 @@ def load_tensors(path, file: str = MAIN) -> dict:
         return {name: handle.get_tensor(name) for name in handle.keys()}
 
 
-def _open(file):
+def open_safetensors(file):
     try:
         return safe_open(file, "pt")  # checks the header: offsets, sizes, dtypes
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a safetensors file ({e}); {AGAIN}") from None
+        raise UserError(f"{file}: not a safetensors file ({e}); {AGAIN}") from None
 
 
 def check_finite(name: str, t, shown, cure: str = "retrain it with a lower --lr") -> None:
     if t.is_floating_point() and not (finite := torch.isfinite(t)).all():
         count = int((~finite).sum())
-        raise ValueError(f"{shown}: tensor {name!r} has {count} NaN or infinite values; {cure}")
+        raise UserError(f"{shown}: tensor {name!r} has {count} NaN or infinite values; {cure}")
 
 
 def read_header(path, file: str = MAIN) -> dict:
     """{name: {"dtype", "shape"}} of a module's safetensors file; reads no tensor."""
-    with _open(module_file(path, file)) as f:
+    with open_safetensors(module_file(path, file)) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}
         return {name: {"dtype": s.get_dtype(), "shape": s.get_shape()} for name, s in slices.items()}
 
 
 def signature(tensors: dict) -> str:
-    """SHA-256 over sorted names, dtypes and shapes of {name: tensor} or of a header: what averaging must agree on."""
+    """SHA-256 over sorted names, dtypes and shapes of {name: tensor} or a header: equal, or no averaging."""
     rows = [(k, DTYPES[t.dtype], list(t.shape)) if torch.is_tensor(t) else (k, t["dtype"], list(t["shape"]))
-            for k, t in sorted(tensors.items())]
+            for k, t in sorted(tensors.items())]  # fmt: skip
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- the hub as a whole
+# ---------------------------------------------------------------- modules as networks
+
+
+@dataclass
+class Module:
+    """What a module's folder holds, as networks with weights, in evaluation mode on the CPU."""
+
+    card: dict
+    backbone: nn.Module
+    adapters: nn.Module | None  # None: it has none
+    head: nn.Module | None
+
+
+def load_module(path, hub="", kind: str = "") -> Module:
+    """Any folder of a module: theta_0, a full or adapter module, composed or not, a fine-tuned run.
+
+    hub: where the theta_0 of adapters is; default: where the module is. kind: with "adapter", a theta_0 comes
+    with the adapters that all modules of its hub start from. UserError: another theta_0, names, or shapes.
+    """
+    path, card = Path(path), read_card(path)
+    theta, base, files = path, card, card["files_sha256"]
+    if card["kind"] == "adapter" and MODEL not in files:
+        theta = Path(hub or path.parent) / BACKBONE
+        base = check_theta(path, card, theta)
+    with_adapters = "adapter" in (card["kind"], kind if card["kind"] == BACKBONE else "")
+    backbone = build_backbone(base["architecture"])
+    adapters = new_adapters(backbone) if with_adapters else None
+    head = mlp(backbone.width) if {HEAD, MODEL} & files.keys() else None
+    parts = {"backbone": backbone, "adapters": adapters, "head": head}
+    if MODEL in files:
+        model = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        load_tensors_into(model, load_tensors(path, MODEL), path / MODEL)
+    else:
+        sources = (theta, MAIN), (path, ADAPTERS if card["kind"] == BACKBONE else MAIN), (path, HEAD)
+        for part, (folder, file) in zip(parts.values(), sources, strict=True):
+            if part is not None:
+                load_tensors_into(part, load_tensors(folder, file), folder / file)
+    for part in parts.values():
+        if part is not None:
+            part.eval()
+    return Module(card, **parts)
+
+
+def load_tensors_into(module: nn.Module, tensors: dict, where) -> None:
+    """Load a state dict of just the module's names and shapes; UserError names the first that differs."""
+    mine = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    theirs = {k: tuple(v.shape) for k, v in tensors.items()}
+    for k in sorted(mine.keys() | theirs.keys()):
+        if mine.get(k) != theirs.get(k):
+            found, wanted = theirs.get(k, "missing"), mine.get(k, "none of that name")
+            raise UserError(f"{where}: tensor {k} is {found}, the model has {wanted}: another architecture's")
+    module.load_state_dict(tensors)
+
+
+def check_theta(path, card: dict, theta: Path) -> dict:
+    """The module in `path` must start from theta_0 in the folder `theta`. Returns theta_0's card."""
+    recover(theta)
+    if not theta.is_dir():
+        raise MissingError(f"{path}: needs its theta_0, but there is no {theta}; give --hub one that has it")
+    base = read_card(theta)
+    if card["backbone_sha256"] != base["tensors_sha256"]:
+        raise UserError(f"{path}: starts from another theta_0 than {theta}; give its --hub, or retrain it")
+    file = ADAPTERS if card["kind"] == "adapter" else MAIN
+    if signature(read_header(theta, file)) != card["signature"]:
+        raise UserError(f"{path}: its tensors are not those of {theta / file}; retrain it")
+    return base
+
+
+# ---------------------------------------------------------------- the hub as a whole
 
 
 def list_modules(hub) -> dict:
     """{name: card} of every module, sorted by name."""
-    names = [n for n in _folders(hub) if n != BACKBONE and (Path(hub) / n / "module.json").exists()]
+    names = [n for n in folder_names(hub) if n != BACKBONE and (Path(hub) / n / "module.json").exists()]
     return {name: read_card(module_dir(hub, name)) for name in names}
 
 
-def _folders(hub) -> list[str]:
-    if not Path(hub).is_dir():
-        raise FileNotFoundError(f"{hub}: no such hub; train modules with `make hub`, or name the folder with --hub")
-    return sorted(p.name for p in Path(hub).iterdir() if p.is_dir() and not p.name.startswith("."))
+def folder_names(hub) -> list[str]:
+    """Names of the folders of a hub, sorted; those that a killed `save` had put aside are brought back."""
+    hub = Path(hub)
+    if not hub.is_dir():
+        raise MissingError(f"{hub}: no such hub; train modules with `make hub`, or give another --hub")
+    if (hub / "module.json").exists():
+        raise UserError(f"{hub}: the folder of one module, not a hub; name it, and give --hub {hub.parent}")
+    for aside in filter(leftover, hub.glob(".*.old")):
+        recover(hub / aside.name[1:].rsplit(".", 2)[0])
+    return sorted(p.name for p in hub.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def check_compatible(cards: dict, hub=None) -> None:
-    """Raise ValueError unless the modules {name: card} may be averaged; names the odd one out against the majority.
+    """UserError unless the modules {name: card} may be averaged; names the odd one out against the majority.
 
-    Reads no tensor. With `hub`, the header of each file must agree with its card, and adapters with hub/backbone.
+    Reads no tensor. With `hub`, each file's header must agree with its card, and adapters with hub/backbone.
     """
     if not cards:
-        raise ValueError(f"{hub or 'hub'}: no modules to compose; train some with `make hub`")
-    for field in "kind", "architecture", "graph", "backbone_sha256", "signature":
+        raise UserError(f"{hub or 'hub'}: no modules to compose; train some with `make hub`")
+    for field in "kind", "architecture", "backbone_sha256", "signature":
         value = {name: json.dumps(card.get(field), sort_keys=True) for name, card in cards.items()}
         usual = Counter(value.values()).most_common(1)[0][0]
         odd, like = [n for n in value if value[n] != usual], [n for n in value if value[n] == usual]
@@ -352,111 +381,79 @@ def check_compatible(cards: dict, hub=None) -> None:
                 key = next(k for k in [*a, *b] if a.get(k) != b.get(k) or (k in a) != (k in b))
                 a, b, label = a.get(key), b.get(key), f"{label}.{key}"
             where = f"{like[0]} and {len(like) - 1} more" if len(like) > 1 else like[0]
-            raise ValueError(f"module {', '.join(odd[:5])}: {label} is {_cell(a)[:60]}, but {_cell(b)[:60]} in {where};"
-                             " leave it out, or retrain it as the others, from the same theta_0")
+            found = f"module {', '.join(odd[:5])}: {label} is {cell(a)[:60]}, but {cell(b)[:60]} in {where}"
+            raise UserError(f"{found}; leave it out, or retrain it as the others, from the same theta_0")
     for name, card in cards.items() if hub else ():
-        check_header(module_dir(hub, name), card)
+        path = module_dir(hub, name)
+        check_header(path, card)
         if card["kind"] == "adapter":
-            check_theta(hub, name, card, read_card(Path(hub) / BACKBONE))
+            check_theta(path, card, Path(hub) / BACKBONE)
 
 
 def check_header(path, card: dict) -> None:
-    """The header of module.safetensors must have the card's signature; reads no tensor."""
-    if signature(read_header(path)) != card["signature"]:
-        raise ValueError(f"{Path(path) / MAIN}: its names, shapes or dtypes are not the card's; {AGAIN}")
-
-
-def check_theta(hub, name: str, card: dict, theta: dict) -> None:
-    """The module must start from this hub's theta_0 (theta: its card) and have the same tensors."""
-    if card["backbone_sha256"] != theta["tensors_sha256"]:
-        raise ValueError(f"{Path(hub) / name}: starts from another theta_0 than {Path(hub) / BACKBONE}; retrain it")
-    file = ADAPTERS if card["kind"] == "adapter" else MAIN
-    if signature(read_header(Path(hub) / BACKBONE, file)) != card["signature"]:
-        raise ValueError(f"{Path(hub) / name}: its tensors are not those of {Path(hub) / BACKBONE / file}; retrain it")
+    """The header of the module's tensors must have the card's signature; reads no tensor."""
+    file = main_file(card)
+    if signature(read_header(path, file)) != card["signature"]:
+        raise UserError(f"{Path(path) / file}: its names, shapes or dtypes are not the card's; {AGAIN}")
 
 
 def verify(hub, names=()) -> list[str]:
-    """Every problem of a hub, or of the modules named, one line each; [] when all is in order."""
-    problems = []
+    """Every problem of a hub, or of the modules named, one line each; [] when all is in order.
+
+    Where the hub has no theta_0 (a module that was copied alone), whether its modules fit it is left open.
+    """
+    problems, theta = [], Path(hub) / BACKBONE
 
     def check(what, *args):
         try:
             return what(*args)
-        except (ValueError, OSError) as e:
-            problems.append(str(e))
+        except (UserError, OSError) as error:
+            problems.append(one_line(error))
 
-    folders = list(names) or _folders(hub)
-    theta = check(read_card, Path(hub) / BACKBONE)
-    for name in folders:
+    for name in names or folder_names(hub):
         path = check(module_dir, hub, name)
         card = path and check(read_card, path)
         if not card:
             continue
-        for file in [MAIN, *card["files_sha256"]]:
+        listed = {main_file(card): None, **card["files_sha256"]}
+        for file in listed:
             check(open_tensors if file.endswith(".safetensors") else checked_file, path, file)
         check(check_header, path, card)
         check(check_private, card, str(path / "module.json"))
         check(module_file, path, "README.md")
         if card_sha256(card) != card["card_sha256"]:
             problems.append(f"{path / 'module.json'}: damaged or edited since it was saved; {AGAIN}")
-        if theta and name != BACKBONE:
-            check(check_theta, hub, name, card, theta)
+        if theta.is_dir() and name != BACKBONE and MODEL not in listed:
+            check(check_theta, path, card, theta)
         if card["name"] != name:
             problems.append(f"{path}: the card's name is {card['name']!r}; rename the folder, or retrain it")
-        listed = {MAIN, "module.json", "README.md", *card["files_sha256"]}
-        problems += [f"{p}: not listed in the card; delete it" for p in sorted(path.iterdir()) if p.name not in listed]
-    cut_off = [p for p in sorted(Path(hub).glob(".*")) if re.fullmatch(r"\..+\.(part|old)-[0-9a-f]{8}", p.name)]
-    problems += [f"{p}: left by a save that was cut off; delete it (or rename a lone .old back)" for p in cut_off]
+        strange = [p for p in sorted(path.iterdir()) if p.name not in {"module.json", "README.md", *listed}]
+        problems += [f"{p}: not listed in the card; delete it" for p in strange]
+    left = filter(leftover, sorted(Path(hub).glob(".*")))
+    problems += [f"{p}: left by a save that was killed; the next save of that name deletes it" for p in left]
     return list(dict.fromkeys(problems))
 
 
-# ------------------------------------------------------------------------------------------ for people: README, CLI
-
-
-def readme(card: dict) -> str:
-    """README.md with the front matter of the Hugging Face hub, from the card alone."""
-    licence = (card["license_weights"] or "unknown").lower().replace(" ", "-")
-    known = ("unknown", "mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
-             "cc-by-nc-sa-4.0")
-    front = {"license": licence} if licence in known else {"license": "other", "license_name": licence}
-    front["library_name"] = "moma"
-    front["tags"] = ["materials", "crystals", "moma", str(card["architecture"].get("backbone", BACKBONE)), card["kind"]]
-    front["datasets"] = card["dataset"].split(", ") if card["dataset"] else []
-    front["metrics"] = ["mae"]
-    parents = card["parents"] or ([] if card["kind"] == BACKBONE else [BACKBONE])
-    front["base_model"] = [p["name"] if isinstance(p, dict) else p for p in parents]
-    what = {BACKBONE: "theta_0, the starting point of every module of a MoMa hub", "full": "A full MoMa module",
-            "adapter": "An adapter MoMa module"}[card["kind"]]
-    table = "\n".join(f"| {field} | {_cell(v).replace('|', '/')} |" for field, v in card.items() if v is not None)
-    yaml = "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in front.items())  # JSON values are YAML
-    return (f"---\n{yaml}\n---\n\n# {card['name']}\n\n{what}. Generated from `module.json`.\n\n"
-            f"| field | value |\n|---|---|\n{table}\n\nErrors, mean and standard deviation are in the unit above. "
-            "No structures and no labels are in this folder;\ntrained weights can still carry traces of their data.\n")
-
-
-def _cell(value) -> str:
-    """One printable line: cards come from strangers."""
-    text = value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
-    return "".join(c if c.isprintable() else "?" for c in text) if value is not None else "-"
+# ---------------------------------------------------------------- the command line
 
 
 def show_list(args) -> int:
     """A table of the hub. Modules with an unreadable card go to stderr, and the exit code is 1."""
     rows, bad = [("name", "property", "unit", "kind", "rows", "val MAE", "MAE/MAD", "size")], []
-    for name in _folders(args.hub):
+    for name in folder_names(args.hub):
         try:
             card = read_card(path := module_dir(args.hub, name))
-        except (ValueError, OSError) as e:
-            bad.append(str(e))
+        except (UserError, OSError) as error:
+            bad.append(one_line(error))
             continue
         mae, mad = card["val_mae"], card["mad"]
         ratio = f"{mae / mad:.2f}" if mae is not None and mad else None
         size = f"{sum(p.lstat().st_size for p in path.iterdir()) / 1e6:.1f} MB"
         task = [card[field] for field in ("property", "unit", "kind", "rows_used")]
-        rows.append([_cell(c) for c in (name, *task, mae, ratio, size)])
+        rows.append([cell(c) for c in (name, *task, mae, ratio, size)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{c:{'>' if i > 3 else '<'}{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+        print("  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))))
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0
@@ -464,20 +461,23 @@ def show_list(args) -> int:
 
 def show_card(args) -> int:
     if len(args.name) != 1:
-        raise ValueError("show: name one module, as in: python hub.py show mp_eform")
+        raise UserError("show: name one module, as in: python hub.py show mp_eform")
     path = module_dir(args.hub, args.name[0])
     for field, value in read_card(path).items():
-        print(f"{field:<20}{_cell(value)}")
+        print(f"{field:<20}{cell(value)}")
     for p in sorted(path.iterdir()):
         print(f"{p.name:<20}{p.lstat().st_size:,} bytes")
     return 0
 
 
 def show_problems(args) -> int:
-    if unknown := set(args.name) - set(_folders(args.hub)):
-        raise ValueError(f"{args.hub}: has no module {min(unknown)!r}; `python hub.py list` names those there")
+    found = folder_names(args.hub)
+    if unknown := set(args.name) - set(found):
+        raise UserError(f"{args.hub}: has no module {min(unknown)!r}; `python hub.py list` names those there")
     problems = verify(args.hub, args.name)
-    print(*problems or [f"{args.hub}: all in order"], sep="\n")
+    print(*problems or [f"{args.hub}: {'all in order' if found else 'empty'}"], sep="\n")
+    if found and BACKBONE not in found:
+        print(f"{args.hub}: has no {BACKBONE}, so not checked: whether its modules start from one theta_0")
     return 1 if problems else 0
 
 
@@ -485,22 +485,32 @@ COMMANDS = {"list": show_list, "show": show_card, "verify": show_problems}  # ->
 
 
 def main(argv=None) -> int:
-    doc, example = __doc__, "show mp_eform"
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=f"example: python hub.py {example}")
+    p = argparse.ArgumentParser("hub.py", description=__doc__, formatter_class=raw)
     p.add_argument("command", choices=list(COMMANDS))
-    p.add_argument("name", nargs="*", help="show: the module; verify: only these modules; import: the path")
+    p.add_argument("name", nargs="*", help="show: the module; verify: only these modules")
     p.add_argument("--hub", default="hub", help="the hub's folder (default: hub)")
-    def error(message):
-        raise ValueError(f"{message}; see python hub.py --help")
+    return run_command(p, lambda args: COMMANDS[args.command](args), argv)
 
-    p.error = error
+
+def run_command(parser, run, argv=None) -> int:
+    """run(arguments) -> exit code; wrong input is one line on stderr and 2."""
+
+    def refuse(message):
+        raise UserError(f"{message}; see python {parser.prog} --help")
+
+    parser.error = refuse
     try:
-        args = p.parse_intermixed_args(argv)
-        return COMMANDS[args.command](args)
-    except (ValueError, OSError) as e:
-        print(e, file=sys.stderr)
+        return run(parser.parse_intermixed_args(argv))
+    except (UserError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
         return 2
+
+
+def one_line(error) -> str:
+    """A UserError, or a system's error as "path: what"."""
+    system = isinstance(error, OSError) and error.strerror and error.filename
+    return " ".join((f"{error.filename}: {error.strerror}" if system else str(error)).split())
 
 
 if __name__ == "__main__":
