@@ -9,7 +9,8 @@
 #   make demo-random              the demo's hub from a random start, and its merge gaps
 #   make clean                    remove the demo's run and the caches
 #
-# DATA=demo, TASKS=file.json, HUB=, PRESET=, KIND=, LIMIT=rows, EPOCHS=, LAUNCH="torchrun --nproc-per-node 2", ARGS="--any --flag"
+# DATA=demo, TASKS=file.json, HUB=, PRESET=, KIND=, LIMIT=rows, EPOCHS=, ARGS="--any --flag"
+# LAUNCH="torchrun --nproc-per-node 2" or LAUNCH="srun -n1 -c8 --exact .venv/bin/python"
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,24 +20,30 @@ KIND   ?= full
 PRESET ?= small
 TASK   ?= dielectric
 LAUNCH ?= $(PY)
+launch  = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(LAUNCH)
 
 flags   = $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
 suffix  = $(if $(filter adapter,$(KIND)),-adapter)
 
 help:
-	@sed -n '3,14s/^# \{0,2\}//p' Makefile
+	@sed -n '3,15s/^# \{0,2\}//p' Makefile
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
 $(VENV)/done: requirements.txt
+	@echo "installing into $(VENV) (Python 3.11 to 3.13)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -r requirements.txt
 	touch $@
 
+$(VENV)/tests: requirements-test.txt $(VENV)/done
+	$(VENV)/bin/pip install -q -r requirements-test.txt
+	touch $@
+
 setup: $(VENV)/done
 
-test: setup
+test: $(VENV)/tests
 	$(PY) -m pytest -q tests
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -47,13 +54,13 @@ HUB_TASKS ?= mp_eform mp_bandgap mp_gvrh mp_kvrh n_e_cond p_e_cond n_th_cond p_t
              jarvis_gvrh jarvis_kvrh
 
 $(HUB)/backbone/module.json: | $(VENV)/done
-	$(LAUNCH) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) \
+	$(launch) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) \
 	    $(if $(TASKS),--tasks $(TASKS)) $(PRETRAIN_ARGS)
 
 backbone: $(HUB)/backbone/module.json
 
 $(HUB)/%/module.json: $(HUB)/backbone/module.json
-	$(LAUNCH) train_module.py --task $(patsubst %-adapter,%,$*) --name $* --kind $(KIND) --hub $(HUB) --resume $(flags) $(epochs)
+	$(launch) train_module.py --task $(patsubst %-adapter,%,$*) --name $* --kind $(KIND) --hub $(HUB) --resume $(flags) $(epochs)
 
 hub: $(foreach t,$(HUB_TASKS),$(HUB)/$(t)$(suffix)/module.json)
 
@@ -61,7 +68,7 @@ compose: setup
 	$(PY) compose.py --task $(TASK) --kind $(KIND) --hub $(HUB) $(flags)
 
 finetune: setup
-	$(LAUNCH) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
+	$(launch) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
 
 # -------------------------------------------------------------------- the demo: embedded crystals (toy labels, not DFT)
 
@@ -71,20 +78,25 @@ DEMO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 demo_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(DEMO)/hub PRESET=tiny DATA=demo HUB_TASKS="$(DEMO_HUB)"
 
 demo: | $(VENV)/done
-	$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 14 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
-	$(demo_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
-	$(demo_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
-	$(PY) hub.py list --hub $(DEMO)/hub
-	$(demo_make) -j2 demo-tasks
-	$(PY) -c "import demo; demo.write_examples('$(DEMO)/my_crystals')"
-	$(PY) predict.py --model $(DEMO)/moma-full/demo_refractive_index/seed0 $(DEMO)/my_crystals --output $(DEMO)/predictions.csv
-	cat $(DEMO)/predictions.csv
-	$(PY) benchmark.py --table --output $(DEMO)
+	@echo "--- stage 0: theta_0, pre-trained on toy energies and forces"
+	@$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 14 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
+	@echo "--- stage 1: six full modules, then six adapter modules, two at a time"
+	@$(demo_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
+	@$(demo_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
+	@$(PY) hub.py list --hub $(DEMO)/hub
+	@echo "--- stage 2: compose and fine-tune, three tasks, four methods, three splits"
+	@$(demo_make) -j2 demo-tasks
+	@echo "--- predict two crystals that no task holds"
+	@$(PY) -c "import demo; demo.write_examples('$(DEMO)/my_crystals')"
+	$(PY) predict.py --model $(DEMO)/moma-full/demo_refractive_index/seed0 $(DEMO)/my_crystals --output $(DEMO)/predictions
+	@cat $(DEMO)/predictions/predictions.csv
+	@echo "--- test errors"
+	@$(PY) benchmark.py --table --output $(DEMO)
 	@echo "plots: $(DEMO)/heat_map_full.png $(DEMO)/heat_map_adapter.png $(DEMO)/moma-full/demo_refractive_index/seed0/parity.png"
 
 demo-tasks: $(DEMO_TASKS:%=demo-task-%)
 
-# the same hub from a theta_0 that was hardly trained: its modules do not merge (design 8)
+# the same hub from a theta_0 that was hardly trained: how well its modules merge
 demo-random: | $(VENV)/done
 	$(demo_make) HUB=$(DEMO)/hub-random backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 1 --limit 64 --lr 1e-9 --quiet"
 	$(demo_make) HUB=$(DEMO)/hub-random -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
@@ -92,7 +104,10 @@ demo-random: | $(VENV)/done
 	    $(PY) compose.py --task $$task --data demo --hub $(DEMO)/$$hub --kind full --output $(DEMO)/$$hub-composed/$$task; done; done
 
 demo-task-%:
-	$(PY) benchmark.py --task $* --data demo --hub $(DEMO)/hub --output $(DEMO) --methods moma-full,moma-adapter,theta0,scratch --epochs 60 --quiet > /dev/null
+	@echo "$*: 12 runs, progress in $(DEMO)/$*.log"
+	@$(PY) benchmark.py --task $* --data demo --hub $(DEMO)/hub --output $(DEMO) --methods moma-full,moma-adapter,theta0,scratch \
+	    --epochs 60 --quiet > $(DEMO)/$*.log
+	@grep -h "seed0$$" $(DEMO)/$*.log
 
 # ------------------------------------------- the real run (README, Results): published splits, one hub of both kinds
 

@@ -1,6 +1,6 @@
 """Methods x tasks x split seeds, from the stages themselves, and the table of their test errors (section 3, Table 1).
 
-    python benchmark.py --task dielectric,mp_phonons --tasks ../shared/matminer/tasks.json --splits ../shared/splits
+    python benchmark.py --task dielectric,mp_phonons --tasks tasks.json --splits splits
     python benchmark.py --table --output runs/results
 
 Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from files import VERSION, MissingError, UserError, csv_text, read_json, reading, write_json, write_text
+from stage import LearningRate, Positive, Whole, check_settings, main, say, stage_of
+
 import numpy as np
 
 import compose
 import finetune
-from files import csv_text, write_text
-from stage import main, say
+from tasks import get_task
 
 METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn")
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
@@ -41,95 +43,103 @@ PUBLISHED = {
 @dataclass
 class Config:
     task: str = "dielectric"  # one or several: a,b,c
-    data: str = ""  # "demo", or a folder or file; default: each task's own data set
+    data: str = ""  # "demo", or a folder or file [each task's own data set]
     tasks: str = ""  # JSON file with more tasks
-    splits: str = ""  # folder with TASK/seedK.json; default: 70/15/15 by the seed
+    splits: str = ""  # folder with TASK/seedK.json [70/15/15 by the seed]
     seeds: str = "0,1,2"  # of the split and of the training
-    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn"  # see above
+    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn"  # also: best-module
     hub: str = "hub"
     output: str = "runs/benchmark"
-    cache: str = ""  # folder of the built graphs and of the embeddings
-    limit: int = 0  # use this many random rows of each task; 0: all
-    epochs: int = 60
-    patience: int = 10
-    batch_size: int = 32
-    lr: float = 0.0  # 0: fine-tuning's default for the preset
+    cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
+    limit: Whole = 0  # use this many random rows of each task; 0: all
+    few_shot: Whole = 0  # keep this many random training rows; 0: all
+    epochs: Positive = 60
+    patience: Whole = 10
+    batch_size: Positive = 32
+    lr: LearningRate = 0.0  # 0: fine-tuning's default for the preset
     table: bool = False  # run nothing; show what has run
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    resume: bool = True  # accepted as everywhere; finished runs are always kept
     config: str = ""  # a run's config.json as defaults
     quiet: bool = False
 
 
 def run(cfg):
-    """Run what is missing, then print and write the tables. Returns {task: {method: [metrics of each seed]}}."""
-    methods = [m for m in cfg.methods.split(",") if m]
+    """Run what is missing, then print and write the tables. Returns {task: {method: {seed: metrics}}}."""
+    check_settings(cfg)
+    methods = [m.strip() for m in cfg.methods.split(",") if m.strip()]
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f"--methods {method}: use {', '.join(METHODS)}")
+            raise UserError(f"--methods {method}: use {', '.join(METHODS)}")
+    if not all(s.strip().isdigit() for s in cfg.seeds.split(",")):
+        raise UserError(f"--seeds {cfg.seeds}: give whole numbers, as in 0,1,2")
+    output = Path(cfg.output)
     if not cfg.table:
-        Path(cfg.output).mkdir(parents=True, exist_ok=True)
-        write_text(Path(cfg.output) / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
-        for task in cfg.task.split(","):
+        tasks = [get_task(task.strip(), cfg.tasks, cfg.data).name for task in cfg.task.split(",") if task.strip()]
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
+        for task in tasks:
             for seed in map(int, cfg.seeds.split(",")):
                 for method in methods:
-                    one_run(cfg, method, finetune.get_task(task, cfg.tasks, cfg.data).name, seed)
-    found = collect(Path(cfg.output))
+                    one_run(cfg, method, task, seed)
+    found = collect(output)
     if not found:
-        raise FileNotFoundError(f"{cfg.output}: no finished run; run the benchmark without --table first")
-    text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(Path(cfg.output))}"
-    write_text(Path(cfg.output) / "table.md", text + "\n")
-    write_text(Path(cfg.output) / "runs.csv", runs_csv(found))
+        raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
+    text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(output)}"
+    write_text(output / "table.md", text + "\n")
+    write_text(output / "runs.csv", runs_csv(found))
     print(text)
     return found
 
 
 def one_run(cfg, method, task, seed):
-    """One method on one split of one task."""
-    folder = Path(cfg.output) / method / task / f"seed{seed}"
-    if (folder / "metrics.json").exists():
-        return
+    """One method on one split of one task. A stage keeps what it finished with the same settings, and refuses others."""
     say(cfg, f"--- {method}, {task}, seed {seed}")
-    shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit,
+    shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit, seed=seed,
                   split_seed=seed, split_file=f"{cfg.splits}/{task}/seed{seed}.json" if cfg.splits else "",
-                  seed=seed, device=cfg.device, quiet=cfg.quiet, resume=True)  # fmt: skip
+                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet, resume=True)  # fmt: skip
     how = dict(init="backbone")
     if method.startswith("moma-"):
-        how = dict(init=str(composed(cfg, method.removeprefix("moma-"), task, seed, shared)))
+        how = dict(init=composed(cfg, method.removeprefix("moma-"), task, seed, shared)["output"])
     elif method == "best-module":
-        weights = json.loads((composed(cfg, "full", task, seed, shared) / "composition.json").read_text())["modules"]
+        weights = composed(cfg, "full", task, seed, shared)["modules"]
         how = dict(init=max(weights, key=lambda name: weights[name]["weight"]))
     elif method in ("scratch", "cgcnn"):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
+    folder = Path(cfg.output) / method / task.lower() / f"seed{seed}"
     finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder)))
 
 
 def composed(cfg, kind, task, seed, shared):
-    """The module composed for this split; made once."""
-    folder = Path(cfg.output) / "composed" / kind / task / f"seed{seed}"
-    if not (folder / "composition.json").exists():
-        compose.run(compose.Config(**shared, kind=kind, output=str(folder)))
-    return folder
+    """composition.json of the module composed for this split; made once."""
+    folder = Path(cfg.output) / "composed" / kind / task.lower() / f"seed{seed}"
+    return compose.run(compose.Config(**shared, kind=kind, output=str(folder)))
 
 
 def collect(root):
-    """{task: {method: [metrics of each seed]}} of the finished runs under root."""
+    """{task: {method: {seed: metrics}}} of the finished runs under root."""
     found = {}
     for method in METHODS:
-        for path in sorted(root.glob(f"{method}/*/seed*/metrics.json")):
-            task = path.parent.parent.name
-            metrics = json.loads(path.read_text())
-            metrics["train_rows"] = len(json.loads((path.parent / "splits.json").read_text())["train"])
-            found.setdefault(task, {}).setdefault(method, []).append(metrics)
-    return found
+        for path in root.glob(f"{method}/*/seed*/metrics.json"):
+            metrics = read_json(path, "the metrics of a run", "delete that folder and run the benchmark again")
+            with reading(path, "the metrics of a run", "delete that folder and run the benchmark again"):
+                seed = int(path.parent.name.removeprefix("seed"))
+                metrics["train_rows"] = len(json.loads((path.parent / "splits.json").read_text())["train"])
+                metrics = {k: metrics[k] for k in ("test", *COLUMNS)}
+                found.setdefault(path.parent.parent.name, {}).setdefault(method, {})[seed] = metrics
+    return {task: {m: dict(sorted(runs[m].items())) for m in runs} for task, runs in sorted(found.items())}
+
+
+COLUMNS = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")
 
 
 def runs_csv(found):
     """One line a run."""
-    columns = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")
-    rows = [[t, m, i, *(r[c] for c in columns)] for t, ms in found.items() for m, rs in ms.items() for i, r in enumerate(rs)]
-    return csv_text(["task", "method", "run", *columns], rows)
+    rows = [
+        [task, method, seed, *(metrics[c] for c in COLUMNS)]
+        for task, runs in found.items() for method, seeds in runs.items() for seed, metrics in seeds.items()
+    ]  # fmt: skip
+    return csv_text(["task", "method", "seed", *COLUMNS], rows)
 
 
 def table(found):
@@ -138,19 +148,19 @@ def table(found):
     published = any(task in PUBLISHED for task in found)
     head = ["test MAE (unit)", "rows, train / test", *methods, "minutes"] + ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for task, runs in sorted(found.items()):
-        some = next(iter(runs.values()))[0]
-        means = {m: np.mean([r["test_mae"] for r in runs[m]]) for m in runs}
+    for task, runs in found.items():
+        some = next(r for seeds in runs.values() for r in seeds.values())
+        means = {m: np.mean([r["test_mae"] for r in runs[m].values()]) for m in runs}
         cells = [f"{task} ({some['unit'] or '1'})", f"{some['train_rows']} / {some['test']['rows']}"]
         for m in methods:
             if m not in runs:
                 cells.append("")
                 continue
-            errors = [r["test_mae"] for r in runs[m]]
+            errors = [r["test_mae"] for r in runs[m].values()]
             text = f"{means[m]:.4g} ± {np.std(errors, ddof=1) if len(errors) > 1 else 0:.2g}"
             text = f"**{text}**" if means[m] == min(means.values()) else text
             cells.append(text + ("" if len(errors) == max(map(len, runs.values())) else f" ({len(errors)} seeds)"))
-        cells.append(f"{sum(r['seconds'] for m in runs for r in runs[m]) / 60:.1f}")
+        cells.append(f"{sum(r['seconds'] for m in runs for r in runs[m].values()) / 60:.1f}")
         if published:
             cells.append(", ".join(f"{x:g}" for x in PUBLISHED.get(task, ())))
         lines.append("| " + " | ".join(cells) + " |")
@@ -164,7 +174,9 @@ def merges(root):
     for kind in ("full", "adapter"):
         pictures = {}
         for folder in sorted((root / "composed" / kind).glob("*")):
-            results = [json.loads(p.read_text()) for p in sorted(folder.glob("seed*/composition.json"))]
+            cure = "delete that folder and run the benchmark again"
+            files = sorted(folder.glob("seed*/composition.json"))
+            results = [read_json(p, "the report of a composition", cure) for p in files]
             if not results:
                 continue
             keys = ("mixture", "composed", "best_single", "theta_0")

@@ -2,74 +2,59 @@
 
     python compose.py --task dielectric --hub hub
 
-Writes the composed module runs/dielectric/composed, which finetune.py starts from, with composition.json (weights,
-errors, merge gap), and beside it composed_weights.png; settings and skipped crystals are in .runs/composed.
+Writes the composed module runs/composed/TASK, which finetune.py starts from, with composition.json (weights, errors,
+merge gap) and weights.png.
 
 m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a module. g_D: the composed one.
+Merge gap: what the merged module loses against the mixture of predictions that its weights were chosen for.
 """
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+
+from files import (VERSION, MissingError, UserError, cache_folder, cached_folder, new_array, png, read_json, write_atomic,
+                   write_json, write_skipped)
+from stage import (Above, Positive, TaskConfig, Whole, claim, main, pick_device, prepare, rests_on, run_name, say, silent,
+                   start, work_folder)
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import hub
-import model as moma
-import train_module as tm
+from card import all_licences
 from crystals import find_source
-from files import cache_folder, write_atomic, write_skipped
-from stage import claim, main, pick_device, say, silent
-from tasks import ALIASES, get_task, task_names, unit_of
+from data import to_device
+from model import Adapters, build_backbone, pool
+from tasks import get_task, task_names, unit_of
+from train_module import Features, encode, finished, loader, plan_batches, read_graphs
 
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
 DENSE = 2000  # modules up to which D'D goes to cvxpy; a sparse active set above
 LARGE_GAP = 0.5  # a merge that loses more than this share of what the mixture gains over theta_0 is said aloud
+CACHE_VERSION = 1  # raise when embeddings of the same tensors change
 
 
 @dataclass
-class Config:
-    task: str = "dielectric"  # a task of TASKS or --tasks, or several: a,b,c
-    all: bool = False  # every downstream task whose data are here; as several, with a heat map tasks x modules
-    data: str = ""  # folder, file or "demo"; default: the task's own data set
-    tasks: str = ""  # JSON file with more tasks
-    target_column: str = ""  # of --data, as the five below
-    structure_column: str = ""
-    id_column: str = ""
-    unit: str = ""
-    transform: str = ""  # none, log, log10, log1p
-    pooling: Literal["", "mean", "sum", "max"] = ""
-    limit: int = 0  # use this many random rows; 0: all
-    on_error: Literal["skip", "stop"] = "skip"  # at a row that cannot be used
-    split_seed: int = 0  # of 70/15/15
-    split_file: str = ""  # or row numbers: {"train": [], "val": [], "test": []}; "{task}" in it is the name
-    hub: str = "hub"
-    output: str = ""  # default: runs/TASK/composed; of several tasks: runs, the folder above
-    cache: str = ""  # folder of the built graphs and of the embeddings
+class Config(TaskConfig):
+    task: str = ""  # a name in the task table, or in --tasks; or several: a,b,c
+    all: bool = False  # every downstream task whose data are here; with a heat map
+    output: str = ""  # folder of the composed module [runs/composed/TASK]; of several: the folder above
     kind: Literal["", "full", "adapter"] = ""  # only these modules, in a hub that has both
     modules: str = ""  # only these: a,b,c
-    select: Literal["amc", "average", "all", "random"] = "amc"  # ablation; average: AMC's modules with equal weights
-    neighbors: int = 5  # K (2.3)
-    temperature: float = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
-    few_shot: int = 0  # use only this many random training rows; 0: all
-    bootstrap: int = 100  # resamples of the rows that show how stable the weights are; 0: none
-    seed: int = 0  # of few-shot, bootstrap and random
-    batch_size: int = 64
-    max_atoms: int = 2000  # never more atoms in a batch; 0: no limit
-    num_workers: int = 0  # processes that load batches
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    select: Literal["amc", "average", "all", "random"] = "amc"  # ablation; average: AMC's modules, equal weights
+    neighbors: Positive = 5  # K (2.3)
+    temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
+    bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
     resume: bool = False  # accepted as everywhere; what is embedded already is never computed again
-    config: str = ""  # a run's config.json as defaults
-    quiet: bool = False
+    overwrite: bool = False  # replace the composed module that stands there
 
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
@@ -97,9 +82,9 @@ def knn_estimate(X, y, K: int = 5, temperature: float = 0.2):
     X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
     m = len(X)
     if m < 2:
-        raise ValueError(f"leave-one-out estimates need 2 crystals or more; the training split has m={m}")
+        raise UserError(f"leave-one-out estimates need 2 crystals or more; the training split has m={m}")
     if K < 1 or not temperature > 0:
-        raise ValueError(f"--neighbors {K} --temperature {temperature}: both must be above 0")
+        raise UserError(f"--neighbors {K} --temperature {temperature}: both must be above 0")
     K = min(K, m - 1)
     X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-300)
     estimate = np.empty(m)
@@ -136,7 +121,7 @@ def solve_weights(Y_hat, y):
             if gap < GAP:
                 return w, gap, SOLVERS[solver]
             gaps[SOLVERS[solver]] = gap
-    raise ValueError(f"no solver reached the optimal weights of {N} modules: gap {gaps or 'none'}, allowed {GAP}")
+    raise UserError(f"no solver reached the optimal weights of {N} modules: gap {gaps or 'none'}, allowed {GAP}")
 
 
 def standardise(Y_hat, y):
@@ -144,7 +129,7 @@ def standardise(Y_hat, y):
     Y_hat, y = np.asarray(Y_hat, np.float64), np.asarray(y, np.float64)
     std = y.std()
     if not std > 1e-12 * np.abs(y).max():
-        raise ValueError(f"all {len(y)} training labels are {y[0]:g}: no module can be preferred; give varied labels")
+        raise UserError(f"all {len(y)} training labels are {y[0]:g}: no module can be preferred; give varied labels")
     return ((Y_hat - y) / std).T
 
 
@@ -205,7 +190,7 @@ def merge(modules, w):
                     if k.endswith("num_batches_tracked"):
                         total[k] = torch.maximum(total.get(k, x), x)
                     elif not torch.equal(total.setdefault(k, x.clone()), x):
-                        raise ValueError(f"module {name}: {k} holds integers unlike those of {parents[0][0]}")
+                        raise UserError(f"module {name}: {k} holds integers unlike those of {parents[0][0]}")
                 else:
                     kind.setdefault(k, x.dtype)
                     x = x.double().mul_(w_j) if x.dtype != torch.float64 else x * w_j
@@ -223,14 +208,14 @@ def select(w, how: str, seed: int = 0):
     elif how == "random":
         chosen = np.isin(np.arange(len(w)), np.random.default_rng(seed).choice(len(w), chosen.sum(), replace=False))
     elif how != "average":
-        raise ValueError(f"--select {how}: amc, average, all or random")
+        raise UserError(f"--select {how}: amc, average, all or random")
     return chosen / chosen.sum()
 
 
 def finite(X, name):
     bad = int((~np.isfinite(X).all(axis=1)).sum())
     if bad:
-        raise ValueError(f"module {name}: {bad} of {len(X)} crystals have a representation that is not finite; "
+        raise UserError(f"module {name}: {bad} of {len(X)} crystals have a representation that is not finite; "
                          "train it again, or leave it out with --modules")
     return X
 
@@ -278,75 +263,58 @@ def merge_verdict(merged: float, mixture: float, theta_0: float | None):
 # -------------------------------------------------------------------------------- representations, each computed once
 
 
-def make_embed(cfg, arch, kind, dataset, rows):
+def make_embed(cfg, card, dataset, rows):
     """Returns embed(key, load) -> (m, C): crystals `rows`, the mean over their atoms, under the tensors load() gives.
 
-    key tells the tensors apart (their hash). A result is a file named by key, structures and settings, so a module is
-    run once on a task, ever. Adapters run on stored atom features: one pass of the backbone for a whole hub of them;
-    with load() None they are left out, which is theta_0.
+    card: of one of the modules. key tells the tensors apart (their hash). A result is kept by key, structures and
+    settings, so a module is run once on a task, ever. Adapters run on stored atom features: one pass of the backbone
+    for a whole hub of them; with load() None they are left out, which is theta_0.
     """
-    device = pick_device(cfg.device)
-    theta_0 = hub.read_card(Path(cfg.hub) / hub.BACKBONE)["tensors_sha256"] if kind == "adapter" else None
-    settings = {"arch": arch, "theta_0": theta_0, "pooling": "mean", "version": data.CACHE_VERSION}
-    settings["crystals"] = [dataset.hashes[i] for i in rows]
+    arch, kind, device = card["architecture"], card["kind"], pick_device(cfg.device)
+    settings = {"arch": arch, "theta_0": card["backbone_sha256"] if kind == "adapter" else None, "pooling": "mean"}
+    settings |= {"version": CACHE_VERSION, "crystals": [dataset.hashes[i] for i in rows]}
     numbers = np.asarray(dataset.num_atoms)[rows]
-    end = np.cumsum(numbers)  # the atoms of crystal i are end[i] - numbers[i] ... end[i]
-    place = {int(row): i for i, row in enumerate(rows)}
+    theta_0 = []  # read once, when it is first needed
 
-    def passes(what):
-        by_size = np.asarray(rows)[np.argsort(numbers, kind="stable")]
-        batches = tm.loader(dataset, by_size, cfg, share=False)
-        for batch in tqdm(batches, what, leave=False, disable=silent(cfg)):
-            yield [place[i] for i in batch["index"].tolist()], data.to_device(batch, device)
+    def backbone():
+        if not theta_0:
+            theta_0.append(hub.load_module(Path(cfg.hub) / hub.BACKBONE).backbone.to(device))
+        return theta_0[0]
 
     @torch.no_grad()
     def full(tensors, new):
-        net = moma.build_backbone(arch)
-        tm.load_tensors(net, tensors, "compose")
+        net = build_backbone(arch)
+        hub.load_tensors_into(net, tensors, "compose")
         net.to(device).eval()
-        X = new((len(rows), net.width))
-        for i, batch in passes("embed"):
-            X[i] = net.embed(batch).float().cpu().numpy()
-
-    @torch.no_grad()
-    def features(net, new):
-        x = new((end[-1], net.num_features, net.adapter_width))  # (A, L, C), the crystals in the order of rows
-        for i, batch in passes("encode"):
-            atoms = np.concatenate([np.arange(end[j] - numbers[j], end[j]) for j in i])
-            x[atoms] = net.atom_features(batch).float().cpu().numpy()
+        X, place = new((len(rows), net.width)), {int(row): i for i, row in enumerate(rows)}
+        batches = loader(partial(read_graphs, dataset), plan_batches(dataset.num_atoms, rows, cfg), cfg, share=False)
+        for batch in tqdm(batches, "embed", leave=False, disable=silent(cfg)):
+            X[[place[i] for i in batch["index"].tolist()]] = net.embed(to_device(batch, device)).float().cpu().numpy()
 
     @torch.no_grad()
     def adapter(tensors, new):
-        net, adapters = tm.load_backbone(cfg.hub)[0].to(device).eval(), None
+        net, adapters = backbone(), None
         if tensors is not None:
-            adapters = moma.Adapters(arch)
-            tm.load_tensors(adapters, tensors, "compose")
+            adapters = Adapters(net.adapter_width, net.num_features)
+            hub.load_tensors_into(adapters, tensors, "compose")
             adapters.to(device).eval()
-        x = cached(cfg, ["features", settings], lambda new: features(net, new))
+        x = cached(cfg, ["features", settings], lambda new: encode(net, dataset, rows, cfg, new))
         X = new((len(rows), net.width))
+        features = Features(x, numbers)
         for i in range(0, len(rows), cfg.batch_size):
-            n = torch.as_tensor(numbers[i : i + cfg.batch_size])
-            atoms = torch.tensor(x[end[i] - n[0] : end[i] - n[0] + n.sum()]).to(device)
-            batch = {"num_atoms": n.to(device), "batch": torch.repeat_interleave(torch.arange(len(n)), n).to(device)}
-            X[i : i + len(n)] = moma.pool(net.readout(atoms, adapters), batch, "mean").float().cpu().numpy()
+            batch = to_device(features.read(np.arange(i, min(i + cfg.batch_size, len(rows)))), device)
+            X[i : i + cfg.batch_size] = pool(net.readout(batch["features"], adapters), batch, "mean").float().cpu().numpy()
 
     fill = {"full": full, "adapter": adapter}[kind]
     return lambda key, load: cached(cfg, [key, settings], lambda new: fill(load(), new))
 
 
 def cached(cfg, key, fill):
-    """The array in the file named by the hash of key; if there is none, fill(new) first fills the array new(shape)."""
-    folder = cache_folder(cfg.cache) / "embeddings"
-    file = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.npy"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.stem}.{os.getpid()}.part")
-        try:
-            fill(lambda shape: np.lib.format.open_memmap(part, "w+", np.float32, tuple(map(int, shape))))
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-    return np.load(file, mmap_mode="r")
+    """The array kept under the hash of key; if there is none, or a damaged one, fill(new) fills the array new(shape)."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder(cfg.cache) / "embeddings" / name
+    cached_folder(folder, lambda part: fill(partial(new_array, part / "x.npy")))
+    return np.load(folder / "x.npy", mmap_mode="r")
 
 
 # ---------------------------------------------------------------------------------------------------------- the stage
@@ -354,38 +322,55 @@ def cached(cfg, key, fill):
 
 def run(cfg):
     """Compose one module for a task, or one for each of several. Returns what composition.json holds."""
+    start(cfg)
     if cfg.all or "," in cfg.task:
         return run_several(cfg)
-    start, cards = time.monotonic(), candidates(cfg)
-    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", ALIASES.get(cfg.task, cfg.task)))
-    modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
-    sha = {name: card["tensors_sha256"] for name, card in cards.items()}
+    began, given, name, cards = time.monotonic(), cfg, run_name(cfg), candidates(cfg)
+    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", get_task(cfg.task, cfg.tasks, cfg.data).name))
+    output = Path(cfg.output or Path("runs") / "composed" / name)
+    hub.check_name(output.name)
     some = next(iter(cards.values()))
-    output = Path(cfg.output or f"runs/{cfg.task}/composed")
-    hub.module_dir(output.parent, output.name)
-    if output.exists() and not (output / "composition.json").exists():
-        raise ValueError(f"{output}: exists and is not a composed module; give another --output")
-    folder = output.parent / ".runs" / output.name
-    claim(folder, cfg)
-
-    crystals, dataset, splits = tm.prepare(cfg, some["architecture"])
+    crystals, dataset, splits = prepare(cfg, some["architecture"])
+    record = {"modules": {name: card["tensors_sha256"] for name, card in cards.items()}, **rests_on(crystals, splits)}
+    record |= {k: getattr(cfg, k) for k in ("select", "neighbors", "temperature", "bootstrap", "seed")}
+    if finished(cfg, output, record, "give another --output, or --overwrite"):
+        result = read_json(output / "composition.json", "the report of a composition")
+        print(report(result), output, sep="\n")
+        return result | {"output": str(output)}
+    card = new_card(cfg, cards, crystals, splits, record)
+    hub.check_card(card, output)
+    folder = work_folder(output)
+    claim(folder, given)
     write_skipped(folder / "skipped.csv", crystals.skipped)
-    rows = few_shot(splits["train"], cfg.few_shot, cfg.seed)  # from here on nothing else is looked at
+
+    g_D, w, result = compose_for(cfg, cards, crystals, dataset, splits["train"])
+    parents = {name: w_j for name, w_j in zip(cards, w.tolist(), strict=True) if w_j > 0}
+    card |= from_parents(cfg, {name: cards[name] for name in parents}) | {"weights": list(parents.values())}
+    card["seconds"] = round(time.monotonic() - began, 1)
+    files = {"composition.json": result, "weights.png": draw_weights(result)}
+    hub.save(output, g_D, card, extra=files, overwrite=cfg.overwrite)
+    print(report(result), f"{output}, weights in {output / 'weights.png'}", sep="\n")
+    return result | {"output": str(output)}
+
+
+def compose_for(cfg, cards, crystals, dataset, rows):
+    """Algorithm 1 on the training rows, and how far to trust it. Returns g_D, w (N,) and composition.json."""
+    modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
+    sha, some = {name: card["tensors_sha256"] for name, card in cards.items()}, next(iter(cards.values()))
     y = np.asarray(crystals.y, np.float64)[rows]
-    embed = make_embed(cfg, some["architecture"], some["kind"], dataset, rows)
+    embed = make_embed(cfg, some, dataset, rows)
+    estimate = partial(knn_estimate, y=y, K=cfg.neighbors, temperature=cfg.temperature)
     g_D, w, amc = compose(
         modules, lambda name: embed(sha[name], lambda: hub.load_tensors(modules[name])), y,
         cfg.neighbors, cfg.temperature, lambda w: select(w, cfg.select, cfg.seed),
     )  # fmt: skip
 
     def error_of(name, key, load):
-        X = finite(embed(key, load), name)
-        return proxy_error(standardise([knn_estimate(X, y, cfg.neighbors, cfg.temperature)], y), [1])
+        return proxy_error(standardise([estimate(finite(embed(key, load), name))], y), [1])
 
     D = standardise(amc["Y_hat"], y)
     alone = (D**2).mean(axis=0)
-    parents = {name: float(w_j) for name, w_j in zip(modules, w, strict=True) if w_j > 0}
-    key = [[sha[name], w_j] for name, w_j in parents.items()]
+    key = [[sha[name], w_j] for name, w_j in zip(modules, w.tolist(), strict=True) if w_j > 0]
     errors = {  # leave-one-out; mean squared error / variance of the labels
         "mixture": proxy_error(D, w),
         "composed": error_of("(composed)", key if len(key) > 1 else key[0][0], lambda: g_D),
@@ -405,26 +390,18 @@ def run(cfg):
     columns = zip(w, amc["w_amc"], alone, *boot, strict=True)
     values = [{k: x if x is None else float(x) for k, x in zip(names, row, strict=True)} for row in columns]
     result = {
-        "task": crystals.task.name, "unit": unit_of(crystals.task), "label_std": float(y.std()),
-        "rows_used": len(y),
+        "task": crystals.task.name, "unit": unit_of(crystals.task), "label_std": float(y.std()), "rows_used": len(y),
         "modules": {name: {"tensors_sha256": sha[name], **v} for name, v in zip(modules, values, strict=True)},
         "best_single": list(modules)[int(alone.argmin())], "errors": errors,
         "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
         "frank_wolfe_gap": amc["gap"], "solver": amc["solver"], "backbone_sha256": some["backbone_sha256"],
         "neighbors": min(cfg.neighbors, len(y) - 1),
         **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
-        "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(splits["train"])},
+        "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(rows)},
         "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
         "notes": verdict + notes(cfg, cards, crystals, D),
     }  # fmt: skip
-    card = make_card(cfg, {name: cards[name] for name in parents}, parents, crystals, rows)
-    card["seconds"] = round(time.monotonic() - start, 1)
-    hub.save(output, g_D, card, extra={"composition.json": result}, overwrite=True)
-    chart = output.with_name(f"{output.name}_weights.png")
-    draw_weights(result, chart)
-    if not cfg.quiet:
-        print(report(result), f"{output}  {chart}", sep="\n")
-    return result | {"output": str(output)}
+    return g_D, w, result
 
 
 def candidates(cfg):
@@ -433,25 +410,18 @@ def candidates(cfg):
     names = [name.strip() for name in cfg.modules.split(",") if name.strip()]
     for name in names:
         if name not in cards:
-            raise ValueError(f"--modules {name}: not in {cfg.hub}, which has {', '.join(cards) or 'none'}")
+            raise UserError(f"--modules {name}: not in {cfg.hub}, which has {', '.join(cards) or 'none'}")
     cards = {name: c for name, c in cards.items() if (not names or name in names) and cfg.kind in ("", c["kind"])}
     if not cards:
         kind = f"{cfg.kind} " if cfg.kind else ""
-        raise ValueError(f"{cfg.hub}: no {kind}module to compose; train some with `make hub`")
+        raise UserError(f"{cfg.hub}: no {kind}module to compose; train some with `make hub`")
     if len({card["kind"] for card in cards.values()}) > 1:
-        raise ValueError(f"{cfg.hub}: has full and adapter modules, which do not mix; choose with --kind")
+        raise UserError(f"{cfg.hub}: has full and adapter modules, which do not mix; choose with --kind")
     hub.check_compatible(cards, cfg.hub)
     theta_0, some = Path(cfg.hub) / hub.BACKBONE, next(iter(cards))
     if theta_0.is_dir() and hub.read_card(theta_0)["tensors_sha256"] != cards[some]["backbone_sha256"]:
-        raise ValueError(f"{theta_0}: not the theta_0 that module {some} started from; put that one there")
+        raise UserError(f"{theta_0}: not the theta_0 that module {some} started from; put that one there")
     return cards
-
-
-def few_shot(rows, n: int, seed: int):
-    """n random rows, sorted; those of a smaller n are among those of a larger one."""
-    if not 0 <= n <= len(rows):
-        raise ValueError(f"--few-shot {n}: the training split has {len(rows)} rows")
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:n]) if n else np.asarray(rows)
 
 
 def notes(cfg, cards, crystals, D):
@@ -466,31 +436,29 @@ def notes(cfg, cards, crystals, D):
     return found
 
 
-def make_card(cfg, cards, parents, crystals, rows):
-    """The composed module's card (design 3). cards: those of the modules merged; parents: {name: weight}."""
+def new_card(cfg, cards, crystals, splits, record):
+    """What is known of the composed module before it is composed. cards: those of the modules to choose from."""
     task, some = crystals.task, next(iter(cards.values()))
     return {
-        **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")},
+        **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")}, "version": VERSION, "record": record,
         "property": task.name, "unit": unit_of(task), "physical_unit": task.unit, "transform": task.transform,
         "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
-        "rows_used": len(rows), "rows_skipped": len(crystals.skipped), "seed": cfg.seed, "split_seed": cfg.split_seed,
-        "elements": sorted({z for card in cards.values() for z in card.get("elements") or []}),
-        "split": {"train": len(rows), "file": Path(cfg.split_file).name},
+        "rows_used": len(splits["train"]), "rows_skipped": len(crystals.skipped), "seed": cfg.seed,
+        "split_seed": cfg.split_seed, "split": {"file": Path(cfg.split_file).name, **{k: len(v) for k, v in splits.items()}},
         "training": {"composed": cfg.select, "neighbors": cfg.neighbors, "temperature": cfg.temperature},
-        "parents": [{"name": name, "tensors_sha256": card["tensors_sha256"]} for name, card in cards.items()],
-        "weights": list(parents.values()),
-        **{k: strictest(c.get(k) for c in cards.values()) for k in ("license_code", "license_weights", "license_data")},
     }  # fmt: skip
 
 
-def strictest(licences):
-    """All licences of the parents, the most restrictive first; one that is not known counts as that."""
-
-    def rank(licence):
-        words = licence.upper().replace("_", "-").replace(" ", "-").split("-")
-        return [word in words for word in ("UNKNOWN", "ND", "NC", "SA", "GPL", "BY")]
-
-    return "; ".join(sorted({x or "unknown" for x in licences}, key=lambda x: (rank(x), x), reverse=True))
+def from_parents(cfg, cards):
+    """The card's fields that follow from the modules merged, {name: card}."""
+    theta_0 = Path(cfg.hub) / hub.BACKBONE
+    start = [hub.read_card(theta_0)] if theta_0.is_dir() else []
+    licences = ("license_code", "license_weights", "license_data")
+    return {
+        "elements": sorted({z for card in cards.values() for z in card.get("elements") or []}),
+        "parents": [{"name": name, "tensors_sha256": card["tensors_sha256"]} for name, card in cards.items()],
+        **{k: all_licences([*start, *cards.values()], k) for k in licences},
+    }  # fmt: skip
 
 
 def run_several(cfg):
@@ -499,14 +467,16 @@ def run_several(cfg):
     names, left_out = [name.strip() for name in cfg.task.split(",") if name.strip()], []
     if cfg.all:
         names, left_out = downstream_tasks(cfg)
-    folder, results = Path(cfg.output or "runs"), {}
+    if not names:
+        raise UserError(f"--task {cfg.task}: names no task")
+    folder, results = Path(cfg.output or Path("runs") / "composed"), {}
     for name in names:
-        results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name / "composed")))
+        results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name.lower())))
     picture = folder / "heat_map.png"
     draw_heat_map(results, picture)
     weights = {task: {name: x["weight"] for name, x in r["modules"].items()} for task, r in results.items()}
-    write_atomic(picture.with_suffix(".json"), lambda f: f.write(json.dumps(weights, indent=2).encode()))
-    say(cfg, f"{picture}: {len(results)} tasks" + (f"; no data for {', '.join(left_out)}" if left_out else ""))
+    write_json(picture.with_suffix(".json"), weights)
+    print(f"{picture}: {len(results)} tasks" + (f"; no data for {', '.join(left_out)}" if left_out else ""))
     return {"results": results, "left_out": left_out, "output": str(picture)}
 
 
@@ -518,11 +488,11 @@ def downstream_tasks(cfg):
             if cfg.data != "demo":
                 find_source(get_task(name, cfg.tasks, cfg.data))
             here.append(name)
-        except FileNotFoundError as error:
+        except MissingError as error:
             left_out.append(name)
             say(cfg, f"{name} left out: {error}")
     if not here:
-        raise FileNotFoundError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
+        raise MissingError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
     return here, left_out
 
 
@@ -533,7 +503,7 @@ def report(r):
     """The table of the weights and the errors behind them, for the screen."""
     how = f"K={r['neighbors']}, temperature {r['temperature']:g}, {r['select']}"
     lines = [f"{r['task']}: {r['rows_used']} training rows, {how}"]
-    wide = max(map(len, r["modules"]))
+    wide = max(12, *map(len, r["modules"]))
     lines.append(f"{'module':<{wide}}  weight   bootstrap mean, sd, chosen   error alone")
     for name, x in sorted(r["modules"].items(), key=lambda item: -item[1]["weight"]):
         b = [x[f"bootstrap_{k}"] for k in ("mean", "sd", "share")]
@@ -550,8 +520,8 @@ def report(r):
     return "\n".join([*lines, *r["notes"], f"{r['solver']}, Frank-Wolfe gap {r['frank_wolfe_gap']:.1e}"])
 
 
-def draw_weights(r, path):
-    """Bars: the weights. Dots and lines: mean and standard deviation over the bootstrap."""
+def draw_weights(r) -> bytes:
+    """A PNG. Bars: the weights. Dots and lines: mean and standard deviation over the bootstrap."""
     from matplotlib.figure import Figure
 
     items = sorted(r["modules"].items(), key=lambda item: item[1]["weight"])
@@ -563,7 +533,7 @@ def draw_weights(r, path):
             ax.errorbar(x["bootstrap_mean"], i, xerr=x["bootstrap_sd"], color="#222222", fmt=".", linewidth=1)
     ax.set(xlabel="weight (bars); bootstrap mean and sd (dots)", title=f"{r['task']}, {r['rows_used']} rows")
     ax.set_xlim(left=0)
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    return png(fig)
 
 
 def draw_heat_map(results, path):
@@ -581,7 +551,7 @@ def draw_heat_map(results, path):
         color = "white" if W[i, j] > 0.6 * W.max() else "black"
         ax.text(j, i, f"{W[i, j]:.2f}", ha="center", va="center", fontsize=7, color=color)
     fig.colorbar(image, label="weight")
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    write_atomic(path, lambda f: f.write(png(fig)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import functools
 import zlib
 from typing import NamedTuple
 
+import files  # noqa: F401  (first: it says which package is missing)
 import numpy as np
 from scipy.special import erfc
 

@@ -1,12 +1,13 @@
 """Files: what a user names is read or refused in one line; what is written is whole or not there.
 
-Every other file stands on this one; it imports none of them.
+Every other file stands on this one; it imports none of them. Scripts import it before torch: see the first lines.
 """
 
 import contextlib
 import csv
 import errno
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -15,6 +16,13 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+
+VERSION = "0.3.0"
+# Read when torch is loaded: threads that wait sleep, instead of taking the processor from other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+for package in ("numpy", "torch"):
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"{package} is not installed for {sys.executable}: run `make setup`, then .venv/bin/python FILE.py")
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room for what is written
 
@@ -57,6 +65,12 @@ def read_json(path, form: str, cure: str = "write it again in that form", most: 
 
 
 # ---------------------------------------------------------------- writing
+
+
+def check_name(name: str, where: str):
+    """Names of modules and runs are names of folders: the same on every file system, and none leads elsewhere."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name) or ".." in name:
+        raise UserError(f"{where}: {name!r} is no name for a folder; use a-z 0-9 . _ - only, a letter or digit first, no '..'")
 
 
 class _Remember:
@@ -118,10 +132,21 @@ def write_skipped(path, skipped):
     write_text(path, csv_text(["id", "reason"], skipped))
 
 
-def allocate(path, size: int):
-    """An empty file of `size` bytes for a memory map; a disk without room for it says so now, not by SIGBUS later."""
-    with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, max(size, 1))
+def png(figure) -> bytes:
+    """A matplotlib figure as the content of a PNG file."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()
+
+
+def new_array(path, shape, dtype="float32"):
+    """A memory-mapped array in a new file. A disk without room for it says so now, not by SIGBUS when it is filled."""
+    import numpy as np
+
+    array = np.lib.format.open_memmap(path, "w+", dtype, tuple(map(int, shape)))
+    with open(path, "r+b") as f:
+        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return array
 
 
 def sync(path):
@@ -145,7 +170,7 @@ def whole_folder(path, replace: bool = False):
     """
     path = Path(path)
     recover(path)
-    if path.is_symlink() or path.exists() and not (replace and path.is_dir()):
+    if path.is_symlink() or path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
         raise UserError(f"{path}: exists already; delete it, name another, or give --overwrite")
     part, aside = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,119 +1,191 @@
 """Stage 2b: fine-tune the composed module g_D on its task (section 2.3): a model, its error, its predictions.
 
-    python finetune.py --task dielectric --init composed
+    python finetune.py --task dielectric
 
-The head is new; the backbone starts from --init. A full module trains everything, an adapter module its adapters and
-the head (the backbone's atom features are computed once). --freeze, after Devi et al. 2024, leaves less to train:
+Starts from --init: the composed module of the task, whose labels, split and training rows are taken over; or
+backbone (theta_0), scratch, a module of the hub, or a module's folder. The head is new. What trains, --train:
 
-none: all that the module's kind trains.  head: only the head, which continues that of --init (a module of the hub).
-new-head: only the head, a new one.  interactions: all but the interaction blocks (embedding, outputs and head train).
+all: the whole of a full module; of an adapter module the adapters (atom features are computed once); and the head.
+head: only the head, which continues that of --init.  new-head: only a new one.  interactions: the interaction blocks
+and the head, while embeddings and outputs stay (the freed layers of Devi et al. 2024).
 
-y: labels after the task's transform (their unit is that of mae, mad); predictions are written in the physical unit.
+y: labels after the task's transform (the unit of mae, mad); predictions are written in the physical unit.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
+
+from files import MissingError, UserError, csv_text, png, read_json, recover
+from stage import (Positive, Seed, Whole, barrier, claim, compare, main, prepare, rank, rests_on, run_name, start, work_folder,
+                   written_by)
 
 import numpy as np
 import torch
 
-import data
 import hub
-import model as moma
-import train_module as tm
-from files import csv_text, write_atomic, write_skipped, write_text
-from stage import barrier, claim, main, rank, say, start_processes
+from data import collate
+from model import build_backbone, fit_scale_factors, preset, training_defaults
 from tasks import inverse, unit_of
-
-LR = {"tiny": 1e-3, "small": 1e-3}  # small nets bear and need larger steps; the others take the paper's 8e-5
+from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, tensors_of, train
 
 
 @dataclass
-class Config(tm.Config):
-    hub: str = "hub"  # has backbone/ and the modules
-    name: str = ""  # run folder is runs/NAME; default: the task
-    init: str = "composed"  # composed (runs/TASK/composed), backbone, scratch, a name in the hub, or a folder
-    freeze: Literal["none", "head", "new-head", "interactions"] = "none"  # see above
-    output: str = ""  # or any other run folder
-    kind: Literal["full", "adapter"] = "full"  # what to train with --init backbone; a module has its own kind
-    preset: str = ""  # with --init scratch; default: the hub's, or small
-    backbone: str = ""  # with --init scratch: gemnet_oc or cgcnn; default: the hub's
-    epochs: int = 60  # B.2; below 32, warm-up (5) and cosine (to 32) shrink in proportion
-    batch_size: int = 32  # B.2
-    lr: float = 0.0  # 0: B.2's 8e-5, but 1e-3 for tiny and small
-    patience: int = 10  # stop after so many epochs without a better val MAE; 0: never
+class Config(TrainConfig):
+    init: str = "composed"  # composed, backbone, scratch, a name in the hub, or a folder
+    train: Literal["all", "head", "new-head", "interactions"] = "all"  # what trains; interactions: these blocks and the head
+    output: str = ""  # folder of the result [runs/TASK]
+    kind: Literal["full", "adapter"] = "full"  # with --init backbone; a module has its own
+    preset: str = ""  # with --init scratch [the hub's, or small]
+    backbone: str = ""  # with --init scratch [the hub's, or gemnet_oc]
+    epochs: Positive = 60  # B.2; below 32 the schedule shrinks
+    batch_size: Positive = 32  # B.2
+    patience: Whole = 10  # stop after so many epochs without a better val MAE; 0: never
+    limit: Whole | None = None  # use this many random rows; 0: all
+    split_seed: Seed | None = None  # of 70/15/15
+    few_shot: Whole | None = None  # keep this many random training rows; 0: all
 
 
-def start(cfg):
-    """What training starts from: (backbone, adapters or None, card of its origin, head tensors or None)."""
+COMPOSED_FROM = ("data", "tasks", "target_column", "structure_column", "id_column", "unit", "transform", "pooling",
+                 "limit", "on_error", "split_seed", "split_file", "few_shot")  # fmt: skip
+
+
+def run(cfg):
+    """Fine-tune, write the result's folder, return its metrics."""
+    start(cfg)
+    given, name = cfg, run_name(cfg)
+    target = Path(cfg.output or Path("runs") / name)
+    check_output(target)
+    path = init_folder(cfg, name)
+    cfg = take_over(cfg, path)
+    origin = start_from(cfg, path)
+    arch = origin.card["architecture"]
+    cfg = replace(cfg, kind=origin.kind, lr=cfg.lr or training_defaults(arch, "finetune")["lr"])
+
+    crystals, dataset, splits = prepare(cfg, arch)
+    rests = rests_on(crystals, splits)
+    if "composition.json" in origin.card.get("files_sha256", {}):
+        cure = "fine-tune on those, or compose again for these"
+        compare(rests_of(origin.card["record"], rests), rests, f"{path} was composed on other rows or labels", cure)
+    start_sha = origin.card.get("tensors_sha256") or json.dumps(arch, sort_keys=True)
+    record = {"init": start_sha, "kind": cfg.kind, "train": cfg.train, **rests} | {k: getattr(cfg, k) for k in SETTINGS}
+    if finished(cfg, target, record, "give another --output, or --overwrite"):
+        return read_json(target / "metrics.json", "the metrics of a run")
+
+    model = new_head(origin.backbone, origin.adapters, crystals.task.pooling, cfg.seed)
+    if cfg.train == "head":
+        model.head = origin.head
+    choose_trained(model, cfg.train)
     if cfg.init == "scratch":
-        if cfg.kind == "adapter" or cfg.freeze != "none":
-            raise ValueError("--init scratch: nothing is pre-trained, so use --kind full --freeze none")
-        arch = scratch_architecture(cfg)
-        torch.manual_seed(cfg.seed)
-        return moma.build_backbone(arch), None, {"architecture": arch, "elements": []}, None
-    path = init_folder(cfg)
-    card = hub.read_card(path)
-    for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
-        if wanted and wanted != card["architecture"][key]:
-            raise ValueError(f"--{key} {wanted}: {path} is {card['architecture'][key]}; the flag is for --init scratch")
-    cfg.kind = card["kind"] if card["kind"] in ("full", "adapter") else cfg.kind
-    if cfg.freeze == "head" and "head.safetensors" not in card["files_sha256"]:
-        raise ValueError(f"--freeze head: {path} has no head to continue; use --freeze new-head")
-    head = hub.load_tensors(path, "head.safetensors") if cfg.freeze == "head" else None
-    if cfg.kind == "full":
-        backbone, adapters = moma.build_backbone(card["architecture"]), None
-        tm.load_tensors(backbone, hub.load_tensors(path), path)
-    else:
-        backbone, base = tm.load_backbone(cfg.hub)
-        if card["kind"] == "adapter" and card["backbone_sha256"] != base["tensors_sha256"]:
-            raise ValueError(f"{path}: adapters of another backbone than that of {cfg.hub}; give the right --hub")
-        adapters = moma.new_adapters(base["architecture"])
-        file = hub.load_tensors(path) if card["kind"] == "adapter" else hub.load_tensors(path, "adapters.safetensors")
-        tm.load_tensors(adapters, file, path)
-    return backbone, adapters, card, head
+        first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
+        fit_scale_factors(model.backbone, collate([dataset[int(i)] for i in first]))
+    card = new_card(cfg, origin.card, crystals, splits, record)
+    if cfg.init != "scratch":
+        card |= {"parents": [{k: origin.card[k] for k in ("name", "tensors_sha256")}], "weights": [1.0]}
+    hub.check_card(card, target, hub.MODEL)
+    folder = work_folder(target)
+    claim(folder, given)
+    result, errors = train(cfg, folder, model, crystals, dataset, splits, record)
+    if rank() == 0:
+        card |= results(result, errors)
+        write(cfg, target, model, card, result, crystals, splits, errors)
+        (folder / "last.pt").unlink(missing_ok=True)
+    barrier()
+    return read_json(target / "metrics.json", "the metrics of a run")
 
 
-def init_folder(cfg):
-    """The module's folder that --init means."""
+def check_output(target):
+    """A run's folder is new, empty, or a run's; and it is not what the hub calls theta_0."""
+    if target.name == hub.BACKBONE:
+        raise UserError(f"--output {target}: that name is theta_0's; choose another")
+    if (target / "module.json").exists() and written_by(target) != "finetune":
+        raise UserError(f"--output {target}: holds a module, not a fine-tuned run; choose another")
+
+
+def init_folder(cfg, name):
+    """The module's folder that --init means; None for scratch."""
+    if cfg.init == "scratch":
+        return None
     if cfg.init == "composed":
-        path = Path("runs") / cfg.task / "composed"
-        cure = f"make it with `python compose.py --task {cfg.task}`, or give its folder"
+        path = Path("runs") / "composed" / name
+        source = f"--task {cfg.task}" if cfg.task else f"--data {cfg.data}"
+        cure = f"make it with `python compose.py {source}`, or give its folder"
     elif "/" in cfg.init or (Path(cfg.init) / "module.json").exists():
         path, cure = Path(cfg.init), "give the folder of a module"
     else:
         path = hub.module_dir(cfg.hub, cfg.init)
         cure = "give composed, backbone, scratch, a module of --hub, or the folder of a module"
+    recover(path)
     if not (path / "module.json").exists():
-        raise FileNotFoundError(f"--init {cfg.init}: no module in {path}; {cure}")
+        raise MissingError(f"--init {cfg.init}: no module in {path}; {cure}")
     return path
+
+
+def take_over(cfg, path):
+    """What the command line leaves open: which labels and rows, as the composed module's own settings say."""
+    settings = {}
+    if path is not None and written_by(work_folder(path)) == "compose":
+        settings = read_json(work_folder(path) / "config.json", "the settings of compose.py")
+    taken = {k: settings[k] for k in COMPOSED_FROM if k in settings and getattr(cfg, k) in ("", None)}
+    taken |= {"split_file": taken["split_file"].replace("{task}", cfg.task)} if taken.get("split_file") else {}
+    empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}
+    return replace(cfg, **empty | taken)
+
+
+def rests_of(record, like):
+    """The part of a record that says which labels and rows."""
+    return {k: (record or {}).get(k) for k in like}
+
+
+def start_from(cfg, path):
+    """What training starts from: a hub.Module, or a fresh backbone."""
+    if path is None:
+        if cfg.kind == "adapter" or cfg.train != "all":
+            raise UserError("--init scratch: nothing is pre-trained, so use --kind full --train all")
+        arch = scratch_architecture(cfg)
+        torch.manual_seed(cfg.seed)
+        card = {"architecture": arch, "elements": []}
+        return SimpleNamespace(card=card, kind="full", backbone=build_backbone(arch), adapters=None, head=None)
+    card = hub.read_card(path)
+    for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
+        if wanted and wanted != card["architecture"][key]:
+            raise UserError(f"--{key} {wanted}: {path} is {card['architecture'][key]}; the flag is for --init scratch")
+    kind = card["kind"] if card["kind"] in ("full", "adapter") else cfg.kind
+    module = hub.load_module(path, cfg.hub, kind=kind)
+    if cfg.train == "head" and module.head is None:
+        raise UserError(f"--train head: {path} has no head to continue; use --train new-head")
+    if cfg.train == "interactions" and kind == "adapter":
+        raise UserError("--train interactions: adapter modules never train them; use all, head or new-head")
+    if cfg.train == "interactions" and not module.backbone.interactions:
+        raise UserError(f"--train interactions: {card['architecture']['backbone']} does not name its interaction blocks")
+    return SimpleNamespace(card=card, kind=kind, backbone=module.backbone, adapters=module.adapters, head=module.head)
 
 
 def scratch_architecture(cfg):
     """The hub's architecture, so that a comparison is fair; --preset and --backbone choose another."""
-    card = Path(cfg.hub) / "backbone" / "module.json"
-    arch = hub.read_card(card.parent)["architecture"] if card.exists() else {"preset": "small", "backbone": "gemnet_oc"}
-    preset, backbone = cfg.preset or arch["preset"], cfg.backbone or arch["backbone"]
-    same = card.exists() and (preset, backbone) == (arch["preset"], arch["backbone"])
-    return arch if same else moma.preset(preset, backbone)
+    theta_0 = Path(cfg.hub) / hub.BACKBONE
+    known = (theta_0 / "module.json").exists()
+    arch = hub.read_card(theta_0)["architecture"] if known else {"preset": "small", "backbone": "gemnet_oc"}
+    name, backbone = cfg.preset or arch["preset"], cfg.backbone or arch["backbone"]
+    same = known and (name, backbone) == (arch["preset"], arch["backbone"])
+    return arch if same else preset(name, backbone)
 
 
-def freeze(backbone, adapters, how):
-    """Set what trains (see the top of the file). The head, made later, always does."""
-    backbone.requires_grad_(adapters is None and how in ("none", "interactions"))
-    if adapters is not None:
-        adapters.requires_grad_(how == "none")
-        if how == "interactions":
-            raise ValueError("--freeze interactions: adapter modules never train them; use none, head or new-head")
-    if how == "interactions":
-        for name, p in backbone.named_parameters():
-            p.requires_grad_(p.requires_grad and not name.startswith(backbone.interactions))
+def choose_trained(model, what):
+    """Set requires_grad as --train says (see the top of the file)."""
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    if what in ("all", "interactions"):
+        (model.adapters or model.backbone).requires_grad_(True)
+    if what == "interactions":
+        for name, p in model.backbone.named_parameters():
+            p.requires_grad_(name.startswith(tuple(model.backbone.interactions)))
 
 
 def scores(y, prediction, mean, unit):
-    """Errors of one split in the unit of y. mad: error of predicting the training mean."""
+    """Errors of one split in the unit of y; null where they are undefined. mad: error of predicting the training mean."""
     error, spread = np.abs(prediction - y), ((y - y.mean()) ** 2).sum()
     found = {"mae": error.mean(), "rmse": np.sqrt((error**2).mean()), "mad": np.abs(y - mean).mean()}
     found |= {"mad_mae": found["mad"] / found["mae"] if found["mae"] else None}
@@ -121,90 +193,59 @@ def scores(y, prediction, mean, unit):
     return {k: None if v is None else float(v) for k, v in found.items()} | {"unit": unit, "rows": len(y)}
 
 
-def run(cfg):
-    """Fine-tune, write the run folder, return its metrics."""
-    start_processes(cfg)
-    if not cfg.task:
-        raise ValueError("--task is missing: a name in the task table (TASKS) or in --tasks FILE")
-    cfg.name = cfg.name or cfg.task
-    folder = Path(cfg.output or Path("runs") / cfg.name)
-    if folder.name == hub.BACKBONE:
-        raise ValueError(f"--output {folder}: that name is theta_0's; choose another")
-    if (folder / "metrics.json").exists() and not cfg.overwrite:
-        if not cfg.resume:
-            raise ValueError(f"{folder}: holds a finished run; give another --output, or --overwrite")
-        say(cfg, f"{folder} is finished; nothing to do")
-        return json.loads((folder / "metrics.json").read_text())
-    backbone, adapters, origin, head = start(cfg)
-    arch = origin["architecture"]
-    cfg.lr = cfg.lr or LR.get(arch["preset"], 8e-5)
-    freeze(backbone, adapters, cfg.freeze)
-    claim(folder, cfg, cfg.resume)
-    crystals, dataset, splits = tm.prepare(cfg, arch)
-    if cfg.init == "scratch":
-        first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
-        moma.fit_scale_factors(backbone, data.collate([dataset[int(i)] for i in first]))
-    model, result, mean, std, errors = tm.train(cfg, folder, backbone, adapters, crystals, dataset, splits, head)
-    if rank() == 0:
-        write(cfg, folder, model, result, origin, crystals, splits, mean, std, errors)
-    barrier()
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def write(cfg, folder, model, result, origin, crystals, splits, mean, std, errors):
-    """Everything of a run folder (design 3), metrics.json last: where it stands, the run is complete."""
-    task, unit = crystals.task, unit_of(crystals.task)
+def write(cfg, target, model, card, result, crystals, splits, errors):
+    """The result's folder, by one rename: model and card, metrics, predictions, splits, parity plot, settings."""
+    task, unit, mean = crystals.task, unit_of(crystals.task), result["normalizer_mean"]
     metrics = {"task": task.name, "init": Path(cfg.init).name, "kind": cfg.kind, "epochs": result["epochs"]}
+    files = {}
     for name, (index, y, prediction) in errors.items():
         metrics[name] = scores(y, prediction, mean, unit)
         if task.transform != "none":  # and as people say it
             y, prediction = inverse(task, y), inverse(task, prediction)
             metrics[f"{name}_physical"] = scores(y, prediction, inverse(task, mean), task.unit)
         rows = zip([crystals.ids[i] for i in index], y.tolist(), prediction.tolist(), strict=True)
-        write_text(folder / f"predictions_{name}.csv", csv_text(["id", "target", "prediction"], rows))
+        files[f"predictions_{name}.csv"] = csv_text(["id", "target", "prediction"], rows).encode()
     metrics |= {"val_mae": metrics["val"]["mae"], "test_mae": metrics["test"]["mae"], "unit": unit}
     metrics |= {"best_epoch": result["best_epoch"], "seconds": result["seconds"]}
     rows = {name: crystals.row[index].tolist() for name, index in splits.items()}
-    write_text(folder / "splits.json", json.dumps(rows) + "\n")
-    write_skipped(folder / "skipped.csv", crystals.skipped)
-    draw_parity(folder / "parity.png", crystals, errors["test"], metrics["test"])
-    card = tm.make_card(cfg, origin, crystals, splits, result, mean, std, errors)
-    card["elements"] = sorted({*card["elements"], *(origin.get("elements") or [])})
-    if cfg.init != "scratch":
-        parent = {"name": origin["name"], "tensors_sha256": origin["tensors_sha256"]}
-        card |= {"parents": [parent], "weights": [1.0]}
-    if origin.get("kind") != "backbone":
-        card["backbone_sha256"] = origin.get("backbone_sha256")
-    save_model(folder, model, card)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    (folder / "last.pt").unlink(missing_ok=True)
-    test = metrics.get("test_physical", metrics["test"])
-    physical = f" = {test['mae']:.4g} {test['unit']}" if task.transform != "none" else ""
-    line = "{mae:.4g} {unit}{}, MAD:MAE {mad_mae:.3g}, R2 {r2:.3f}, {rows} crystals"
-    print(f"{task.name}, {cfg.init}: test MAE {line.format(physical, **metrics['test'])}; {folder}")
+    settings = read_json(work_folder(target) / "config.json", "the settings of a run")
+    for name, content in (("metrics", metrics), ("splits", rows), ("config", settings)):
+        files[f"{name}.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    files["skipped.csv"] = csv_text(["id", "reason"], crystals.skipped).encode()
+    files["parity.png"] = draw_parity(task, errors["test"], metrics)
+    hub.save(target, tensors_of(model), card, history=result["history"], extra=files, overwrite=cfg.overwrite,
+             main=hub.MODEL)  # fmt: skip
+    print(f"{task.name}, {cfg.init}: test MAE {sentence(metrics)}; {target}")
 
 
-def save_model(folder, model, card):
-    """model.safetensors (backbone, adapters, head) and the card, which carries its hash."""
-    tensors, file, temporary = tm.tensors_of(model), folder / "model.safetensors", folder / "model.safetensors.tmp"
-    digest = hub.write_tensors(temporary, tensors, shown=file)
-    temporary.replace(file)
-    hub.write_card(folder / "module.json", card, tensors, {file.name: digest})
+def sentence(metrics) -> str:
+    """The errors of the test rows in words; what is undefined is left out."""
+    test, physical = metrics["test"], metrics.get("test_physical")
+    mae = f"{test['mae']:.4g} {test['unit']}".strip()
+    parts = [f"{mae} = {physical['mae']:.4g} {physical['unit']}".strip() if physical else mae]
+    forms = {"mad_mae": "MAD:MAE {:.3g}", "r2": "R2 {:.3f}"}
+    parts += [form.format(test[k]) for k, form in forms.items() if test[k] is not None]
+    return ", ".join([*parts, f"{test['rows']} crystals"])
 
 
-def draw_parity(path, crystals, errors, score):
-    """Predicted against true, test split, in the unit of y."""
+def draw_parity(task, errors, metrics) -> bytes:
+    """Predicted against true, test rows, a PNG: in physical units, on the axes of the transform."""
     from matplotlib.figure import Figure
 
-    _, y, prediction = errors
+    y, prediction = (inverse(task, v) for v in errors[1:])
+    score = metrics.get("test_physical", metrics["test"])
     fig = Figure(figsize=(4.2, 4.2), layout="constrained")
     ax = fig.subplots()
     ends = [min(y.min(), prediction.min()), max(y.max(), prediction.max())]
     ax.plot(ends, ends, color="#999999", linewidth=1)
     ax.scatter(y, prediction, s=14, color="#4878a8", alpha=0.8, linewidths=0)
-    unit = f" ({score['unit']})" if score["unit"] else ""
-    ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", title=f"{crystals.task.name}, test: MAE {score['mae']:.4g}")
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=150))
+    if task.transform in ("log", "log10"):
+        ax.set(xscale="log", yscale="log")
+    unit = f" ({task.unit})" if task.unit else ""
+    title = f"{task.name}, {score['rows']} test crystals: MAE {score['mae']:.4g} {task.unit}"
+    ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", title=title)
+    ax.title.set_fontsize(9)
+    return png(fig)
 
 
 if __name__ == "__main__":

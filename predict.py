@@ -1,118 +1,142 @@
-"""Predict a property of crystals with a fine-tuned model, or with a module of a hub (which keeps its own head).
+"""Predict a property of crystals with fine-tuned models, or with a module of a hub (which keeps its own head).
 
     python predict.py --model runs/dielectric my_crystals/ more.cif
 
-Inputs: folders of CIF, POSCAR or JSON files, single files, tables (json.gz), extxyz; no label is needed. Writes a CSV
-of id and prediction in the physical unit, with skipped.csv and the settings beside it. Exit code 1: something could not
-be predicted.
+Inputs: folders of CIF, POSCAR or JSON files, single files, tables (json.gz), extxyz; no label is needed. Several --model
+make an ensemble: its mean, and its standard deviation as the column spread. Writes a folder: predictions.csv in the
+physical unit, skipped.csv, config.json. Exit code 1: something could not be predicted.
 """
 
-import json
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+
+from files import VERSION, MissingError, UserError, csv_text, recover, whole_folder, write_json, write_skipped, write_text
+from stage import CommonConfig, check_settings, main, pick_device, say, stage_of, written_by
 
 import numpy as np
 
-import data
 import hub
-import model as moma
-import train_module as tm
-from crystals import SYMBOLS, load_crystals
-from files import csv_text, write_skipped, write_text
-from stage import main, pick_device, say
+from card import physical_unit
+from crystals import Crystals, SYMBOLS, from_structures, load_crystals
+from data import GraphConfig, GraphDataset
+from model import PropertyModel
 from tasks import Task, inverse
+from train_module import loader, plan_batches, predict_batches, read_graphs
 
 
 @dataclass
-class Config:
+class Config(CommonConfig):
     inputs: list = field(default_factory=list)  # folders, structure files, tables, extxyz
-    model: str = ""  # folder of a fine-tuned run, or of a module in a hub
-    output: str = "predictions.csv"  # skipped.csv is written beside it
+    model: tuple = ()  # folder of a fine-tuned run, or of a module in a hub
+    output: str = "runs/predictions"  # a folder; one that predict.py wrote is replaced
     structure_column: str = ""  # of a table
     id_column: str = ""
-    batch_size: int = 64
-    max_atoms: int = 2000  # never more atoms in a batch; 0: no limit
-    bf16: bool = False  # autocast: faster where layers are wide, about two digits (README, Speed)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_workers: int = 0  # processes that load batches
-    config: str = ""  # JSON file with settings
-    quiet: bool = False
+    bf16: bool = False  # autocast: faster where layers are wide, about two digits
 
 
-def predict(model, card, crystals, cfg, cache):
-    """(M,) predictions in the physical unit, in the order of crystals."""
-    graph = data.GraphConfig(**card["architecture"]["graph"])
-    dataset = data.GraphDataset(crystals, graph, cache_dir=cache, quiet=cfg.quiet)
-    order = np.argsort(dataset.num_atoms, kind="stable")  # crystals of one size together
-    mean, std = card["normalizer_mean"], card["normalizer_std"]
-    index, _, y = tm.predict_batches(model, tm.loader(dataset, order, cfg), mean, std, cfg)
-    return inverse(task_of(card), y[np.argsort(index)])
+def predict(models, structures, **settings):
+    """Predictions (M,) in the physical unit of `models`, the folder of a run or module, or a list of them (the mean).
+
+    structures: a list of pymatgen Structures, ASE Atoms or dictionaries, or data.Crystals. NaN where a structure cannot
+    be used; `from_structures(structures).skipped` says why. settings: fields of Config, such as device="cuda".
+    """
+    crystals = structures if isinstance(structures, Crystals) else from_structures(structures)
+    rows = crystals.num_rows if crystals is not structures else len(crystals)
+    place = crystals.row if crystals is not structures else np.arange(rows)
+    y = np.full(rows, np.nan)
+    y[place] = predict_all(load_models(models), crystals, Config(quiet=True, **settings)).mean(axis=0)
+    return y
 
 
-def load_model(path):
-    """The model in a run folder, or the module and head in a hub folder, and its card."""
-    path = Path(path)
-    if not (path / "module.json").exists():
-        raise FileNotFoundError(f"--model {path}: no model there; give the folder of a finished run or of a module")
-    card = hub.read_card(path)
-    run = "model.safetensors" in card["files_sha256"]
-    if not run and "head.safetensors" not in card["files_sha256"]:
-        raise ValueError(f"--model {path}: has no head; fine-tune it first: python finetune.py --init {path}")
-    if run or card["kind"] == "full":
-        backbone, base = moma.build_backbone(card["architecture"]), None
-    else:
-        backbone, base = tm.load_backbone(path.parent)
-        if base["tensors_sha256"] != card["backbone_sha256"]:
-            raise ValueError(f"{path}: its adapters belong to another backbone than {path.parent / 'backbone'}")
-    adapters = moma.new_adapters(card["architecture"]) if card["kind"] == "adapter" else None
-    model = moma.PropertyModel(backbone, card["pooling"], adapters)
-    if run:
-        tm.load_tensors(model, hub.load_tensors(path, "model.safetensors"), path)
-    else:
-        tm.load_tensors(adapters or backbone, hub.load_tensors(path), path)
-        tm.load_tensors(model.head, hub.load_tensors(path, "head.safetensors"), path)
-    return model, card
+def load_models(folders):
+    """[(model, card)] of fine-tuned runs or modules that predict the same property in the same unit."""
+    folders = [folders] if isinstance(folders, str | Path) else list(folders)
+    if not folders:
+        raise UserError("--model is missing: the folder of a fine-tuned run, such as runs/dielectric")
+    found = []
+    for path in map(Path, folders):
+        recover(path)
+        if not (path / "module.json").exists():
+            raise MissingError(f"--model {path}: no model there; give the folder of a finished run or of a module")
+        module = hub.load_module(path)
+        if module.head is None:
+            raise UserError(f"--model {path}: has no head; fine-tune it first: python finetune.py --init {path}")
+        model = PropertyModel(module.backbone, module.card["pooling"], module.adapters)
+        model.head = module.head
+        found.append((model.eval(), module.card))
+        for what, of in (("property", lambda card: card["property"]), ("unit", physical_unit)):
+            if of(module.card) != of(found[0][1]):
+                what = f"{what} {of(module.card)!r}, not {of(found[0][1])!r} as {folders[0]}"
+                raise UserError(f"--model {path}: predicts {what}; an ensemble is of one property")
+    return found
+
+
+def predict_all(models, crystals, cfg):
+    """(number of models, M) predictions in the physical unit, in the order of crystals."""
+    check_settings(cfg)
+    device, found = pick_device(cfg.device), []
+    with tempfile.TemporaryDirectory() as cache:  # what is predicted leaves no copy behind
+        for model, card in models:
+            graph = GraphConfig(**card["architecture"]["graph"])
+            dataset = GraphDataset(crystals, graph, cache_dir=cache, quiet=cfg.quiet)
+            plan = plan_batches(dataset.num_atoms, np.arange(len(crystals)), cfg)
+            batches = loader(partial(read_graphs, dataset), plan, cfg)
+            mean, std = card["normalizer_mean"], card["normalizer_std"]
+            _, _, y = predict_batches(model.to(device), batches, mean, std, cfg)
+            found.append(inverse(task_of(card), y))
+    return np.stack(found)
 
 
 def task_of(card, **fields):
     """The card's property as a task: unit and transform of its labels."""
-    unit = card.get("physical_unit", card["unit"])
-    return Task(card["property"], unit=unit, transform=card["transform"], pooling=card["pooling"], **fields)
+    return Task(card["property"], unit=physical_unit(card), transform=card["transform"], pooling=card["pooling"], **fields)
 
 
-def read(cfg, card, cache):
-    """All inputs as one Crystals, and what could not be read: [(id, reason)]."""
+def read_inputs(cfg, card, cache):
+    """All inputs as one data.Crystals, and what could not be read: [(id, reason)]. Ids that two inputs share get their
+    input's path in front."""
     if not cfg.inputs:
-        raise ValueError("no input: name folders or files of structures; see --help")
+        raise UserError("no input: name folders or files of structures; see --help")
     for path in cfg.inputs:
         if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            raise MissingError(f"{path}: no such file or folder")
     parts, skipped = [], []
     columns = {"structure_column": cfg.structure_column or "structure", "id_column": cfg.id_column}
     for path in cfg.inputs:
         try:
-            task = task_of(card, dataset=path, **columns)
-            parts.append(load_crystals(task, need_target=False, quiet=True, cache_dir=cache))
-            skipped += parts[-1].skipped
-        except ValueError as error:  # nothing in this input can be used; the others are predicted
-            skipped.append((path, str(error)))
+            crystals = load_crystals(task_of(card, dataset=path, **columns), need_target=False, quiet=True, cache_dir=cache)
+            parts.append((path, crystals))
+            skipped += [(path, *row) for row in crystals.skipped]
+        except UserError as error:  # nothing in this input can be used; the others are predicted
+            skipped.append((path, Path(path).stem, str(error)))
+    count = Counter(i for path, c in parts for i in c.ids) + Counter(i for _, i, _ in skipped)
+    name = lambda path, i: i if max(count.values()) == 1 else f"{path}/{i}" if Path(path).is_dir() else path  # noqa: E731
+    skipped = [(name(path, i), reason) for path, i, reason in skipped]
     if not parts:
-        output = Path(cfg.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_skipped(output.with_name("skipped.csv"), skipped)
-        raise ValueError(f"nothing could be read: {skipped[0][1]}")
-    joined = {k: [x for p in parts for x in getattr(p, k)] for k in ("ids", "Z", "pos", "cell")}
-    joined |= {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("pbc", "y", "row")}
-    return replace(parts[0], **joined, split=None, forces=None, skipped=skipped, fingerprint="", num_rows=0), skipped
+        raise UserError(f"nothing could be read: {skipped[0][0]}: {skipped[0][1]}")
+    joined = {k: [x for _, c in parts for x in getattr(c, k)] for k in ("Z", "pos", "cell")}
+    joined |= {k: np.concatenate([getattr(c, k) for _, c in parts]) for k in ("pbc", "y", "row")}
+    joined["ids"] = unique([name(path, i) for path, c in parts for i in c.ids])
+    first = parts[0][1]
+    return replace(first, **joined, split=None, forces=None, skipped=skipped, fingerprint="", num_rows=0), skipped
 
 
-def warn_unseen(crystals, card):
+def unique(ids):
+    """A table's rows, or frames, under one path: numbered from the second."""
+    seen, found = Counter(), []
+    for i in ids:
+        seen[i] += 1
+        found.append(i if seen[i] == 1 else f"{i}#{seen[i]}")
+    return found
+
+
+def warn_unseen(crystals, cards):
     """Name the crystals with elements that neither training nor fine-tuning has seen."""
-    seen = set(card["elements"] or [])
+    seen = set.intersection(*(set(card["elements"] or []) for card in cards))
     unseen = {i: sorted(set(Z.tolist()) - seen) for i, Z in zip(crystals.ids, crystals.Z) if set(Z.tolist()) - seen}
     if unseen:
         count = Counter(SYMBOLS[z] for elements in unseen.values() for z in elements)
@@ -124,27 +148,33 @@ def warn_unseen(crystals, card):
 
 def run(cfg):
     """Predict; returns {"rows", "skipped", "output", "exit_code"}."""
-    if not cfg.model:
-        raise ValueError("--model is missing: the folder of a fine-tuned run, such as runs/dielectric")
-    model, card = load_model(cfg.model)
-    model.to(pick_device(cfg.device))
-    with tempfile.TemporaryDirectory() as cache:  # what is predicted leaves no copy behind
-        crystals, skipped = read(cfg, card, cache)
-        warn_unseen(crystals, card)
-        y = predict(model, card, crystals, cfg, cache)
-    output, unit = Path(cfg.output), task_of(card).unit
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_settings(cfg)
+    output = Path(cfg.output or "runs/predictions")
+    if output.is_file() or output.suffix == ".csv":
+        raise UserError(f"--output {output}: should be a folder, which gets predictions.csv; name one")
+    if output.exists() and any(output.iterdir()) and written_by(output) != stage_of(cfg):
+        raise UserError(f"--output {output}: holds files that predict.py has not written; name another folder")
+    models = load_models(cfg.model)
+    card = models[0][1]
+    with tempfile.TemporaryDirectory() as cache:
+        crystals, skipped = read_inputs(cfg, card, cache)
+    warn_unseen(crystals, [card for _, card in models])
+    found = predict_all(models, crystals, cfg)
+    y, spread, unit = found.mean(axis=0), found.std(axis=0), physical_unit(card)
     finite = np.isfinite(y)
     skipped += [(i, "the prediction is not finite") for i, good in zip(crystals.ids, finite) if not good]
-    rows = [(i, value) for i, value, good in zip(crystals.ids, y.tolist(), finite) if good]
-    write_text(output, csv_text(["id", f"prediction ({unit})" if unit else "prediction"], rows))
-    write_skipped(output.with_name("skipped.csv"), skipped)
-    settings = {k: v for k, v in asdict(cfg).items() if k != "inputs"}
-    write_text(output.with_suffix(".config.json"), json.dumps(settings, indent=2) + "\n")
-    say(cfg, f"{output}: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
+    columns = ["prediction", "spread"][: min(len(models), 2)]
+    head = ["id", *(f"{c} ({unit})" if unit else c for c in columns)]
+    values = zip(crystals.ids, y.tolist(), spread.tolist(), finite)
+    rows = [row[: len(head)] for *row, good in values if good]
+    with whole_folder(output, replace=True) as part:
+        write_text(part / "predictions.csv", csv_text(head, rows))
+        write_skipped(part / "skipped.csv", skipped)
+        write_json(part / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
+    print(f"{output}/predictions.csv: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
     if skipped:
-        where = output.with_name("skipped.csv")
-        print(f"{where}: {len(skipped)} not predicted, the first {skipped[0][0]}: {skipped[0][1]}", file=sys.stderr)
+        say(replace(cfg, quiet=False), f"{output}/skipped.csv: {len(skipped)} not predicted, the first "
+            f"{skipped[0][0]}: {skipped[0][1]}")  # fmt: skip
     return {"rows": len(rows), "skipped": len(skipped), "output": str(output), "exit_code": int(bool(skipped))}
 
 

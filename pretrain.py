@@ -1,6 +1,6 @@
 """Stage 0: pre-train theta_0, the backbone that every module of a hub starts from (appendix B.2; JMP's recipe).
 
-    python pretrain.py --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24,qm9 --preset small --hub hub
+    python pretrain.py --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24 --preset small
     python pretrain.py --sets demo_forcefield,demo_clusters --data demo --preset tiny --hub hub
 
 Several sets at once (crystals, molecules; energies with or without forces), one energy and one force head each. With E
@@ -8,7 +8,6 @@ the total energy of a structure in eV and N its number of atoms,  E = sum_z n_z 
 r: linear per-element references, fitted per set. sigma: residual per atom, eV. M: rows of a set. B, A: of a batch.
 """
 
-import copy
 import hashlib
 import math
 import re
@@ -16,65 +15,266 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from files import VERSION, UserError, write_skipped
+from stage import (Above, CommonConfig, LearningRate, Range, Seed, Share, Whole, all_sum, barrier, claim,
+                   first_process_first, hardware, main, pick_device, rank, say, start, work_folder)
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import data
 import hub
-import model as moma
-import train_module as tm
-from crystals import Crystals, SYMBOLS, count_reasons, load_crystals, subset
-from files import csv_text, write_atomic, write_skipped, write_text
-from stage import all_sum, autocast, barrier, claim, hardware, main, pick_device, rank, reduce_gradients, say, silent, start_processes, world
+from crystals import SYMBOLS, Crystals, count_reasons, load_crystals, subset
+from data import GraphConfig, GraphDataset, batch_indices, collate, to_device
+from model import BACKBONES, PretrainModel, build_backbone, fit_scale_factors, new_adapters, pool, preset, shapes_only, training_defaults
 from tasks import get_task, unit_of
+from train_module import EPOCH_SEED, finished, fit, loader, set_checkpointing, tensors_of
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}  # in eV
-LR = {"tiny": 5e-3, "small": 2e-3}  # small nets bear and need larger steps; all others train at JMP-L's 3e-4
-EPOCHS = {"tiny": 20, "small": 40}  # JMP's 2 epochs are of 120 million structures
 
 
 @dataclass
-class Config:
+class Config(CommonConfig):
     sets: str = "ff_mattersim_benchmarks,mp_2018_megnet,carbon_24,qm9"  # tasks or files with energies
     data: str = ""  # "demo": the embedded crystals
     tasks: str = ""  # JSON file with more tasks
-    limit: int = 0  # use this many random rows of each set; 0: all
+    limit: Whole = 0  # use this many random rows of each set; 0: all
     on_error: Literal["skip", "stop"] = "skip"  # at a row that cannot be used
-    split_seed: int = 0
-    val_fraction: float = 0.05  # of each set
+    split_seed: Seed = 0
+    val_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.05  # of each set
     hub: str = "hub"  # theta_0 becomes HUB/backbone
-    output: str = ""  # run folder; default: HUB/.runs/backbone
-    cache: str = ""  # folder of the built graphs
+    cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
     preset: str = "small"
     backbone: str = "gemnet_oc"
-    seed: int = 0
-    epochs: int = 0  # each row of the largest set once; 0: by preset: tiny 20, small 40, else JMP's 2
-    batch_size: int = 32
-    max_atoms: int = 1000  # never more atoms in a batch; 0: no limit
-    lr: float = 0.0  # 0: JMP-L's 3e-4, or by preset: tiny 5e-3, small 2e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 2000  # from 0.2 lr; at most a tenth of the run
-    clip: float = 1.0  # norm of the gradient
-    ema: float = 0.99
-    edge_dropout: float = 0.1
-    force_weight: str = "1"  # against the energy (per atom); one number, or one a set. JMP: 15 to 80 (total energy)
-    temperature: float = 2.0  # of the sampling: shares (rows)^(1/T)
-    max_force: float = 30.0  # leave out structures with a larger force on an atom, eV/A
-    max_energy: float = 15.0  # and with an energy residual per atom beyond so many times its spread
-    time_limit: float = 0.0  # stop after so many minutes, save, and write the backbone as it is; 0: none
-    save_minutes: float = 10.0  # between two writings of last.pt
-    bf16: bool = False  # autocast: faster where layers are wide, about two digits (README, Speed)
-    checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time, same numbers
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_workers: int = 0  # processes that load batches
+    seed: Seed = 0
+    epochs: Whole = 0  # each row of the largest set once; 0: the preset's, or JMP's 2
+    batch_size: Annotated[int, Range(1)] = 32
+    max_atoms: Whole = 1000  # in a batch; 0: no limit
+    lr: LearningRate = 0.0  # 0: the preset's, or JMP-L's 3e-4
+    weight_decay: Share = 0.1
+    warmup_steps: Whole = 2000  # from 0.2 lr; at most a tenth of the run
+    clip: Above = 1.0  # norm of the gradient
+    ema: Share = 0.99  # decay of the averaged weights; shorter in the first 900 steps
+    edge_dropout: Annotated[float, Range(0, 0.9)] = 0.1
+    force_weight: str = "1"  # against the energy per atom; one number, or one a set
+    temperature: Annotated[float, Range(1)] = 2.0  # of the sampling: shares (rows)^(1/T)
+    max_force: Above = 30.0  # leave out structures with a larger force on an atom, eV/A
+    max_energy: Above = 15.0  # and with an energy residual per atom beyond so many times its spread
+    time_limit: Annotated[float, Range(0)] = 0.0  # stop after so many minutes, and write theta_0 as it is; 0: none
+    bf16: bool = False  # autocast: faster where layers are wide, about two digits
+    checkpointing: bool = False  # less memory, more time, the same numbers
     resume: bool = False  # go on from last.pt where there is one
     overwrite: bool = False  # replace the hub's backbone
-    config: str = ""  # a run's config.json as defaults
-    quiet: bool = False
+
+
+def run(cfg):
+    """Pre-train and write HUB/backbone. Returns its card."""
+    start(cfg)
+    began, given = time.monotonic(), cfg
+    target = hub.module_dir(cfg.hub, hub.BACKBONE)
+    folder = work_folder(target)
+    arch = preset(cfg.preset, backbone=cfg.backbone)
+    defaults = training_defaults(arch, "pretrain")
+    cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"])
+    sets = load_sets(cfg, arch)
+    record = {"sets": {s.name: s.crystals.fingerprint for s in sets.values()}, "architecture": arch}
+    record |= {k: getattr(cfg, k) for k in SETTINGS.split()}
+    resuming = cfg.resume and (folder / "last.pt").exists()
+    cure = "give another --hub, or --overwrite, after which every module has to be trained again"
+    if not resuming and (card := finished(cfg, target, record, cure)):
+        return card
+    refuse_if_used(target, cfg)
+
+    net = make_net(cfg, arch, sets)
+    card = new_card(cfg, arch, sets, record)
+    hub.check_card(card, target)
+    claim(folder, given)
+    net.to(pick_device(cfg.device))
+    set_checkpointing(net.backbone, cfg)
+    if rank() == 0:
+        write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
+    steps = cfg.epochs * len(plan_epoch(sets, cfg, 0))
+    rate = partial(lr_factor, warmup=min(0.1, cfg.warmup_steps / steps), epochs=cfg.epochs)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    result = fit(
+        net, optimizer, partial(plan_epoch, sets, cfg), partial(loader, partial(read_batch, sets, cfg.edge_dropout), cfg=cfg),
+        partial(loss_of, sets), partial(validate, sets=sets, cfg=cfg), cfg, folder, record, rate, settled=cfg.epochs,
+        names=lambda batch: [sets[batch["task"]].crystals.ids[i] for i in batch["index"].tolist()], keep="last", until=began + 60 * cfg.time_limit if cfg.time_limit else math.inf,
+    )  # fmt: skip
+    errors = validate(net, sets, cfg)
+    if rank() == 0:
+        refuse_if_used(target, cfg)  # modules may have been trained meanwhile
+        card |= {"seconds": result["seconds"], "training": card["training"] | training_of(sets, errors, result["step"])}
+        plain = build_backbone(card["architecture"])  # without the force branch, which has served
+        tensors = {k: v for k, v in tensors_of(net.backbone).items() if k in plain.state_dict()}
+        adapters = tensors_of(new_adapters(plain, cfg.seed))
+        hub.save(target, tensors, card, adapters_init=adapters, history=result["history"], overwrite=True)
+        print(f"{target}: {result['step']} steps, {describe(errors)}")
+        if result["stopped"]:
+            say(cfg, f"stopped by --time-limit after {result['epochs']} of {cfg.epochs} epochs; --resume goes on")
+        else:
+            (folder / "last.pt").unlink(missing_ok=True)
+    barrier()
+    return hub.read_card(target)
+
+
+SETTINGS = ("seed split_seed val_fraction epochs batch_size max_atoms lr weight_decay warmup_steps clip ema edge_dropout "
+            "force_weight temperature max_force max_energy bf16")  # fmt: skip
+
+
+def refuse_if_used(target, cfg):
+    """Modules merge only when they start from the same theta_0, so one that modules start from is not replaced unasked."""
+    if cfg.overwrite or not (target / "module.json").exists():
+        return
+    sha = hub.read_card(target)["tensors_sha256"]
+    users = [name for name, card in hub.list_modules(cfg.hub).items() if card["backbone_sha256"] == sha]
+    if users:
+        names = ", ".join(users[:3]) + (f" and {len(users) - 3} more" if len(users) > 3 else "")
+        why = "start from it and would not merge with later modules"
+        raise UserError(f"{target}: {names} {why}; give another --hub, or --overwrite and train them again")
+
+
+def make_net(cfg, arch, sets):
+    """The net to train: force heads for sets with forces, and a force branch where the backbone can have one."""
+    torch.manual_seed(cfg.seed)
+    backbone = build_backbone(with_force_branch(arch))
+    net = PretrainModel(backbone, {s.name: s.crystals.forces is not None for s in sets.values()})
+    first = {s: batch_indices(s.dataset.num_atoms, s.train, 16, max_atoms=128)[0] for s in sets.values()}
+    sample = [{k: v for k, v in s.dataset[i].items() if k != "forces"} for s, rows in first.items() for i in rows]
+    fit_scale_factors(backbone, collate(sample))
+    divide_shared_gradients(backbone)
+    return net
+
+
+def with_force_branch(arch):
+    """The architecture with edge features for force heads, which pre-training alone has, if its backbone can."""
+    return arch | BACKBONES[arch["backbone"]].force_arguments
+
+
+def divide_shared_gradients(backbone):
+    """A layer that n blocks share collects the gradients of n; JMP divides by n, before clipping."""
+    parameters = dict(backbone.named_parameters())
+    for name, n in backbone.shared_gradient_divisors().items():
+        parameters[name].register_hook(lambda gradient, n=n: gradient / n)
+
+
+def new_card(cfg, arch, sets, record):
+    """The card's fields that are known before training; hub.save adds hashes and signature."""
+    fingerprints = " ".join(s.crystals.fingerprint for s in sets.values())
+    return {
+        "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": "energies and forces",
+        "version": VERSION, "record": record, "dataset": ", ".join(sets),
+        "dataset_fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
+        "rows_used": sum(len(s.crystals) for s in sets.values()),
+        "rows_skipped": sum(len(s.skipped) for s in sets.values()),
+        "elements": sorted({int(z) for s in sets.values() for i in s.train for z in s.crystals.Z[i]}),
+        "seed": cfg.seed, "split_seed": cfg.split_seed,
+        "split": {k: sum(len(getattr(s, k)) for s in sets.values()) for k in ("train", "val")},
+        "training": {k: getattr(cfg, k) for k in SETTINGS.split()}, "hardware": hardware(cfg), "license_code": "MIT",
+        "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})) or None,
+        "parents": [], "weights": [],
+    }  # fmt: skip
+
+
+def training_of(sets, errors, steps):
+    """What training found out: {"steps", "sets": {name: rows, references, scales, validation errors}}."""
+    about = {}
+    for s in sets.values():
+        seen = np.unique(np.concatenate([s.crystals.Z[i] for i in s.train]))
+        about[s.name] = {
+            "rows_train": len(s.train), "rows_val": len(s.val), "rows_skipped": len(s.skipped),
+            "references_ev": {SYMBOLS[z]: round(float(s.reference[z]), 6) for z in seen},
+            "energy_scale_ev_per_atom": s.sigma, "force_scale_ev_per_angstrom": s.force_scale or None,
+            "force_weight": s.force_weight if s.force_scale else None,
+            "val_mae_mev_per_atom": errors[f"{s.name} meV/atom"],
+            "val_mae_mev_per_angstrom": errors[f"{s.name} meV/A"] if s.force_scale else None,
+        }  # fmt: skip
+    return {"steps": steps, "sets": about}
+
+
+def describe(errors):
+    return "val MAE " + ", ".join(f"{column} {e:.4g}" for column, e in errors.items() if e == e)
+
+
+# ---------------------------------------------------------------- rate, loss, validation
+
+
+def lr_factor(epoch, warmup, epochs):
+    """Rate relative to --lr after so many epochs: 0.2 -> 1 in the part `warmup` of the run, then a cosine to 0.1."""
+    progress = epoch / epochs
+    if progress < warmup:
+        return 0.2 + 0.8 * progress / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+
+
+def loss_of(sets, net, batch):
+    """L1 of the energy per atom plus the force loss, both of normalised values."""
+    energy, forces = net(batch, batch["task"])
+    loss = ((energy.float() - batch["y"].float()) / batch["num_atoms"]).abs().mean()
+    if forces is None:
+        return loss
+    error = structure_wise(forces.float() - batch["forces"].float(), batch)
+    return loss + sets[batch["task"]].force_weight * error
+
+
+def structure_wise(error, batch):
+    """JMP's force loss: the norm of each atom's error (A, 3), its mean over a structure's atoms, then over structures."""
+    return pool(torch.linalg.vector_norm(error, dim=1), batch, "mean").mean()
+
+
+@torch.no_grad()
+def validate(net, sets, cfg):
+    """{"SET meV/atom": MAE of the energy, "SET meV/A": MAE of the force components, NaN without forces}."""
+    net.eval()
+    device, errors = next(net.parameters()).device, {}
+    for s in sets.values():
+        sums = np.zeros(4)  # energy errors, structures, force errors, components
+        plan = [(rows, s.name, None) for rows in batch_indices(s.dataset.num_atoms, s.val, cfg.batch_size, cfg.max_atoms)]
+        for batch in loader(partial(read_batch, sets, 0.0), plan, cfg):
+            if batch["share"]:
+                batch = to_device(batch, device)
+                energy, forces = net(batch, s.name)
+                off = ((energy - batch["y"]) / batch["num_atoms"]).abs()
+                sums[:2] += off.sum().item() * s.sigma, len(off)
+                if forces is not None:
+                    off = (forces - batch["forces"]).abs()
+                    sums[2:] += off.sum().item() * s.force_scale, off.numel()
+        e, n, f, m = all_sum(sums.tolist())
+        errors |= {f"{s.name} meV/atom": 1e3 * e / n, f"{s.name} meV/A": 1e3 * f / m if m else math.nan}
+    return errors
+
+
+# ---------------------------------------------------------------- sampling and batches
+
+
+def epoch_counts(sizes, temperature=2.0):
+    """Rows of each set in an epoch: shares (n_i / n)^(1/T), reached by repeating smaller sets so that none shrinks."""
+    sizes = np.asarray(sizes, dtype=float)
+    share = (sizes / sizes.sum()) ** (1 / temperature)
+    return np.rint(share * (sizes / share).max()).astype(int)
+
+
+def plan_epoch(sets, cfg, epoch):
+    """The batches of an epoch, [(rows, name, seed of the edge dropout)]: a function of --seed and the epoch alone.
+
+    A batch is of one set: one head, one kind of structures (little padding). The optimiser's memory mixes the sets.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed * EPOCH_SEED + epoch)
+    plan, counts = [], epoch_counts([len(s.train) for s in sets.values()], cfg.temperature)
+    for s, count in zip(sets.values(), counts, strict=True):
+        passes = [torch.randperm(len(s.train), generator=generator) for _ in range(-(-count // len(s.train)))]
+        rows = s.train[torch.cat(passes)[:count].numpy()]  # whole passes, the last one cut short
+        batches = batch_indices(s.dataset.num_atoms, rows, cfg.batch_size, cfg.max_atoms, generator)
+        plan += [(batch, s.name) for batch in batches]
+    seeds = torch.randint(2**62, (len(plan),), generator=generator).tolist()
+    return [(*plan[i], seeds[i]) for i in torch.randperm(len(plan), generator=generator).tolist()]
+
+
+def read_batch(sets, edge_dropout, rows, name, seed):
+    """Crystals of one set as a batch; y (B,) and forces (A, 3) are normalised."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return {"task": name} | collate([sets[name].dataset[i] for i in rows], edge_dropout, generator)
 
 
 # ---------------------------------------------------------------- sets: energies, references, scales
@@ -91,29 +291,27 @@ class EnergySet:
     val: np.ndarray
     skipped: list  # [(id, reason)]
     force_weight: float = 1.0
-    dataset: object = None  # data.GraphDataset
+    dataset: GraphDataset = None
 
 
-def load_sets(cfg, graph, use_forces=True):
+def load_sets(cfg, arch):
     """The sets of --sets, normalised, with their graphs: {name: EnergySet}."""
     names = [s.strip() for s in cfg.sets.split(",") if s.strip()]
-    weights, sets = cfg.force_weight.split(","), {}
+    weights, sets, quiet = cfg.force_weight.split(","), {}, cfg.quiet or rank() > 0
     weights *= len(names) if len(weights) == 1 else 1
     if len(weights) != len(names) or not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*", w) for w in weights):
-        raise ValueError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
-    quiet = cfg.quiet or rank() > 0
+        raise UserError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
     for text, weight in zip(names, weights, strict=True):
         task = find_task(text, cfg)
         if task.name in sets:
-            raise ValueError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
-        for first in (True, False):  # the first process fills the cache, the others find it filled
-            if (rank() == 0) == first:
-                crystals = load_crystals(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
-                crystals.forces = crystals.forces if use_forces else None
-                s = sets[task.name] = normalise(task.name, crystals, cfg)
-                s.dataset = data.GraphDataset(s.crystals, graph, cfg.cache, quiet=quiet)
-                s.force_weight = float(weight)
-            barrier()
+            raise UserError(f"--sets {cfg.sets}: {task.name} is named twice; give each set once")
+        for _ in first_process_first():
+            crystals = load_crystals(task, cfg.limit, cfg.on_error, quiet=quiet, cache_dir=cfg.cache)
+            if shapes_only(with_force_branch(arch)).edge_width is None:
+                crystals.forces = None  # a backbone without edge features learns from the energies alone
+            s = normalise(task.name, crystals, cfg)
+            s.dataset, s.force_weight = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet), float(weight)
+        sets[task.name] = s
     return sets
 
 
@@ -144,15 +342,15 @@ def normalise(name, crystals, cfg):
         keep = np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
         skipped += [(crystals.ids[i], f"force above {cfg.max_force:g} eV/A (--max-force)") for i in np.flatnonzero(~keep)]
     if keep.any():
-        _, residual = residuals(crystals, energy, np.flatnonzero(keep))
+        _, residual = reference_residuals(crystals, energy, np.flatnonzero(keep))
         off = np.abs(residual - np.median(residual[keep]))
         far = keep & (off > cfg.max_energy * (np.quantile(off[keep], 0.9) / 1.645 + 1e-3))  # 1.645: for a Gaussian
         skipped += [(crystals.ids[i], f"energy beyond {cfg.max_energy:g} spreads (--max-energy)") for i in np.flatnonzero(far)]
         keep &= ~far
     train = np.flatnonzero(keep & ~is_val)
     if len(train) < 2 or not (keep & is_val).any():
-        raise ValueError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
-    r, residual = residuals(crystals, energy, train)
+        raise UserError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
+    r, residual = reference_residuals(crystals, energy, train)
     sigma, scale, forces = math.sqrt(np.mean(residual[train] ** 2)) + 1e-6, 0.0, None
     if crystals.forces is not None:
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
@@ -171,11 +369,11 @@ def total_energies(name, crystals):
     factor = ENERGY_UNITS.get(task.unit.removesuffix("/atom").removesuffix("/cell"))
     if factor is None or task.transform != "none":
         known = ", ".join(ENERGY_UNITS)
-        raise ValueError(f"--sets {name}: label in {unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
+        raise UserError(f"--sets {name}: label in {unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 
-def residuals(crystals, energy, rows):
+def reference_residuals(crystals, energy, rows):
     """References fitted on `rows` and what they leave over in all rows, per atom: (119,) eV and (M,) eV/atom."""
     r = fit_references([crystals.Z[i] for i in rows], energy[rows])
     return r, np.array([(e - r[z].sum()) / len(z) for e, z in zip(energy, crystals.Z, strict=True)])
@@ -197,285 +395,6 @@ def fit_references(Z, energy):
     reference = np.full(119, mean)
     reference[seen] += r
     return reference
-
-
-# ---------------------------------------------------------------- sampling and batches
-
-
-def epoch_counts(sizes, temperature=2.0):
-    """Rows of each set in an epoch: shares (n_i / n)^(1/T), reached by repeating smaller sets so that none shrinks."""
-    sizes = np.asarray(sizes, dtype=float)
-    share = (sizes / sizes.sum()) ** (1 / temperature)
-    return np.rint(share * (sizes / share).max()).astype(int)
-
-
-def plan_epoch(sets, cfg, epoch):
-    """The batches of an epoch, [(name, rows, seed of the edge dropout)]: a function of --seed and the epoch alone.
-
-    A batch is of one set: one head, one kind of structures (little padding). The optimiser's memory mixes the sets.
-    """
-    generator = torch.Generator().manual_seed(cfg.seed * tm.EPOCH_SEED + epoch)
-    plan = []
-    for s, count in zip(sets.values(), epoch_counts([len(s.train) for s in sets.values()], cfg.temperature), strict=True):
-        passes = [torch.randperm(len(s.train), generator=generator) for _ in range(-(-count // len(s.train)))]
-        rows = s.train[torch.cat(passes)[:count].numpy()]  # whole passes, the last one cut short
-        batches = data.batch_indices(s.dataset.num_atoms, rows, cfg.batch_size, cfg.max_atoms, generator)
-        plan += [(s.name, batch) for batch in batches]
-    seeds = torch.randint(2**62, (len(plan),), generator=generator).tolist()
-    return [(*plan[i], seeds[i]) for i in torch.randperm(len(plan), generator=generator).tolist()]
-
-
-def loader(sets, plan, cfg):
-    read = partial(make_batch, sets, cfg.edge_dropout)
-    return DataLoader(plan, batch_size=None, collate_fn=read, num_workers=cfg.num_workers, generator=torch.Generator())
-
-
-def make_batch(sets, edge_dropout, entry):
-    """This process's share of a batch; y (B,) and forces (A, 3) are normalised."""
-    name, rows, seed = entry
-    mine = rows[rank() :: world()]
-    batch = {"task": name, "share": len(mine) / len(rows)}
-    if mine:
-        dropout = 0.0 if seed is None else edge_dropout
-        generator = torch.Generator().manual_seed(seed or 0)
-        batch |= data.collate([sets[name].dataset[i] for i in mine], edge_dropout=dropout, generator=generator)
-    return batch
-
-
-# ---------------------------------------------------------------- loss, step, validation
-
-
-def structure_wise(error, batch):
-    """JMP's force loss: Euclidean norm of each atom's error (A, 3), mean over a structure's atoms, then over structures."""
-    return moma.pool(torch.linalg.vector_norm(error, dim=1), batch, "mean").mean()
-
-
-def loss_of(energy, forces, batch, force_weight):
-    """L1 of the energy per atom plus the force loss, both of normalised values."""
-    loss = ((energy.float() - batch["y"].float()) / batch["num_atoms"]).abs().mean()
-    if forces is None:
-        return loss
-    return loss + force_weight * structure_wise(forces.float() - batch["forces"].float(), batch)
-
-
-def lr_factor(progress, warmup):
-    """Rate relative to --lr after a part `progress` of the run: 0.2 -> 1 until `warmup`, then a cosine down to 0.1."""
-    if progress < warmup:
-        return 0.2 + 0.8 * progress / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
-
-
-def train_step(net, ema, optimizer, batch, sets, cfg, lr):
-    """One step by the recipe; returns (loss, norm of the gradient) for tm.read_loss."""
-    params, s = list(net.parameters()), sets[batch["task"]]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss = params[0].new_zeros(())
-    if batch["share"]:
-        batch = data.to_device(batch, params[0].device)
-        with autocast(cfg, params[0].device):
-            energy, forces = net(batch, s.name)
-        loss = batch["share"] * loss_of(energy, forces, batch, s.force_weight)
-        loss.backward()
-    reduce_gradients(params)
-    divide_shared_gradients(net.backbone)
-    result = torch.stack([loss.detach(), torch.nn.utils.clip_grad_norm_(params, cfg.clip)])
-    optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), params, 1 - cfg.ema)
-        for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
-            mine.copy_(theirs)
-    return result
-
-
-def divide_shared_gradients(backbone):
-    """A layer that n blocks share collects the gradients of n; JMP divides by n, before clipping."""
-    divisors = backbone.shared_gradient_divisors() if hasattr(backbone, "shared_gradient_divisors") else {}
-    for name, p in backbone.named_parameters():
-        if p.grad is not None and name in divisors:
-            p.grad /= divisors[name]
-
-
-@torch.no_grad()
-def validate(net, sets, cfg):
-    """{name: (MAE of the energy, meV/atom; MAE of the force components, meV/A, or nan without forces)}."""
-    net.eval()
-    device, errors = next(net.parameters()).device, {}
-    for s in sets.values():
-        sums = np.zeros(4)  # energy errors, structures, force errors, components
-        batches = data.batch_indices(s.dataset.num_atoms, s.val, cfg.batch_size, cfg.max_atoms)
-        for batch in loader(sets, [(s.name, rows, None) for rows in batches], cfg):
-            if batch["share"]:
-                batch = data.to_device(batch, device)
-                energy, forces = net(batch, s.name)
-                off = ((energy - batch["y"]) / batch["num_atoms"]).abs()
-                sums[:2] += off.sum().item() * s.sigma, len(off)
-                if forces is not None:
-                    off = (forces - batch["forces"]).abs()
-                    sums[2:] += off.sum().item() * s.force_scale, off.numel()
-        e, n, f, m = [all_sum(float(x)) for x in sums]
-        errors[s.name] = (1e3 * e / n, 1e3 * f / m if m else math.nan)
-    return errors
-
-
-# ---------------------------------------------------------------- the stage
-
-
-def run(cfg):
-    """Pre-train and write HUB/backbone. Returns its card."""
-    start_processes(cfg)
-    began = time.monotonic()
-    cfg.lr, cfg.epochs = cfg.lr or LR.get(cfg.preset, 3e-4), cfg.epochs or EPOCHS.get(cfg.preset, 2)
-    target, folder = Path(cfg.hub) / hub.BACKBONE, Path(cfg.output or Path(cfg.hub) / ".runs" / hub.BACKBONE)
-    resumed = cfg.resume and (folder / "last.pt").exists()
-    if cfg.resume and not resumed and (target / "module.json").exists() and not cfg.overwrite:
-        say(cfg, f"{target} is finished; nothing to resume (--overwrite trains it again)")
-        return hub.read_card(target)
-    refuse_overwrite(target, cfg, resumed)
-    arch = moma.preset(cfg.preset, backbone=cfg.backbone)
-    use_forces = "forces" in arch  # a backbone without edge features learns from the energies alone
-    arch |= {"forces": True} if use_forces else {}
-    claim(folder, cfg, cfg.resume)
-    device = pick_device(cfg.device)
-    sets = load_sets(cfg, data.GraphConfig(**arch["graph"]), use_forces)
-    if rank() == 0:
-        write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
-
-    torch.manual_seed(cfg.seed)
-    net = moma.PretrainModel(moma.build_backbone(arch), {s.name: s.crystals.forces is not None for s in sets.values()})
-    first = {s: data.batch_indices(s.dataset.num_atoms, s.train, 16, max_atoms=128)[0] for s in sets.values()}
-    sample = [{k: v for k, v in s.dataset[i].items() if k != "forces"} for s, rows in first.items() for i in rows]
-    moma.fit_scale_factors(net.backbone, data.collate(sample))
-    net.to(device)
-    tm.set_checkpointing(net.backbone, cfg)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    state = {"epoch": 0, "done": 0, "step": 0, "losses": [], "seconds": 0.0, "history": []}  # done: steps of this epoch
-    if resumed:
-        saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        state = saved["state"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-
-    stop, errors = fit(parts, sets, state, cfg, folder, until=began + 60 * cfg.time_limit if cfg.time_limit else math.inf)
-    if rank() == 0:
-        refuse_overwrite(target, cfg, resumed=True)  # modules may have been trained meanwhile
-        card = make_card(cfg, arch, sets, errors, state)
-        kept = moma.build_backbone(card["architecture"]).state_dict().keys()  # the force branch has served
-        tensors = {k: v for k, v in tm.tensors_of(ema.backbone).items() if k in kept}
-        adapters = tm.tensors_of(moma.new_adapters(card["architecture"], cfg.seed))
-        hub.save(target, tensors, card, adapters_init=adapters, history=history_csv(sets, state["history"]), overwrite=True)
-        if not stop:
-            (folder / "last.pt").unlink(missing_ok=True)
-        print(f"{target}: {state['step']} steps, val MAE {describe(errors)}")
-        if stop:
-            say(cfg, f"stopped by --time-limit in epoch {state['epoch'] + 1} of {cfg.epochs}; --resume goes on")
-    barrier()
-    return hub.read_card(target)
-
-
-def fit(parts, sets, state, cfg, folder, until):
-    """Train parts["net"] from `state` to the last epoch or the time `until`. Returns whether time was up, and the errors."""
-    stop, errors, clock = False, None, time.monotonic()
-    net, ema, optimizer = parts.values()
-    waiting = None
-
-    def save():
-        nonlocal clock
-        now = time.monotonic()
-        state["seconds"] += now - clock
-        clock = now
-        if rank() == 0:
-            tensors = {name: part.state_dict() for name, part in parts.items()}
-            write_atomic(folder / "last.pt", lambda f: torch.save({"state": state, **tensors}, f))
-
-    while state["epoch"] < cfg.epochs and not stop:
-        plan, name = plan_epoch(sets, cfg, state["epoch"]), f"epoch {state['epoch'] + 1}/{cfg.epochs}"
-        warmup = min(0.1, cfg.warmup_steps / (cfg.epochs * len(plan)))
-        for batch in tqdm(loader(sets, plan[state["done"] :], cfg), desc=name, leave=False, disable=silent(cfg)):
-            lr = cfg.lr * lr_factor((state["epoch"] + state["done"] / len(plan)) / cfg.epochs, warmup)
-            torch.manual_seed((cfg.seed * tm.EPOCH_SEED + state["step"]) * world() + rank())  # a fork may have dropout
-            result = train_step(net, ema, optimizer, batch, sets, cfg, lr)
-            if waiting:
-                state["losses"].append(tm.read_loss(*waiting))
-            waiting = result, batch if batch["share"] else None, batch["task"], sets[batch["task"]].crystals.ids
-            state["step"] += 1
-            state["done"] += 1
-            stop = cfg.time_limit > 0 and all_sum(float(time.monotonic() > until)) > 0
-            full = state["done"] == len(plan)
-            due = rank() == 0 and time.monotonic() - clock > 60 * cfg.save_minutes  # one clock: all read, or none
-            saving = full or stop or all_sum(float(due)) > 0
-            if saving:
-                state["losses"].append(tm.read_loss(*waiting))
-                waiting = None
-            if full:  # also when time is up
-                errors = validate(ema, sets, cfg)
-                row = [state["epoch"] + 1, state["step"], float(np.mean(state["losses"])), lr]
-                row += [*(e for pair in errors.values() for e in pair), round(state["seconds"] + time.monotonic() - clock, 1)]
-                state |= {"epoch": state["epoch"] + 1, "done": 0, "losses": [], "history": [*state["history"], row]}
-                if rank() == 0:
-                    write_text(folder / "history.csv", history_csv(sets, state["history"]))
-                say(cfg, f"{name}: loss {row[2]:.4g}; val MAE {describe(errors)}")
-            if saving:
-                save()
-            if stop:
-                break
-    return state["epoch"] < cfg.epochs, validate(ema, sets, cfg) if errors is None or state["done"] else errors
-
-
-def refuse_overwrite(target, cfg, resumed):
-    """Modules merge only when they start from the same theta_0, so an existing one is not replaced unasked."""
-    if not (target / "module.json").exists() or cfg.overwrite:
-        return
-    sha = hub.read_card(target)["tensors_sha256"]
-    users = [name for name, card in hub.list_modules(cfg.hub).items() if card["backbone_sha256"] == sha]
-    if users:
-        names = ", ".join(users[:3]) + (f" and {len(users) - 3} more" if len(users) > 3 else "")
-        why = "start from it and would not merge with later modules"
-        raise ValueError(f"{target}: {names} {why}; give another --hub, or --overwrite and train them again")
-    if not resumed:
-        raise ValueError(f"{target}: exists already; give another --hub, or --overwrite")
-
-
-def make_card(cfg, arch, sets, errors, state):
-    """The card's fields (design 3) that pre-training knows; hub.save adds hashes and signature."""
-    about = {}
-    for s in sets.values():
-        seen = np.unique(np.concatenate([s.crystals.Z[i] for i in s.train]))
-        about[s.name] = {
-            "rows_train": len(s.train), "rows_val": len(s.val), "rows_skipped": len(s.skipped),
-            "references_ev": {SYMBOLS[z]: round(float(s.reference[z]), 6) for z in seen},
-            "energy_scale_ev_per_atom": s.sigma, "force_scale_ev_per_angstrom": s.force_scale or None,
-            "force_weight": s.force_weight if s.force_scale else None, "val_mae_mev_per_atom": errors[s.name][0],
-            "val_mae_mev_per_angstrom": errors[s.name][1] if s.force_scale else None,
-        }  # fmt: skip
-    keys = "epochs batch_size max_atoms lr weight_decay warmup_steps clip ema edge_dropout temperature max_force max_energy"
-    arch = arch | ({"forces": False} if "forces" in arch else {})
-    fingerprints = " ".join(s.crystals.fingerprint for s in sets.values())
-    return {
-        "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": "energies and forces",
-        "dataset": ", ".join(sets), "dataset_fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
-        "rows_used": sum(len(s.crystals) for s in sets.values()), "rows_skipped": sum(len(s.skipped) for s in sets.values()),
-        "elements": sorted({int(z) for s in sets.values() for i in s.train for z in s.crystals.Z[i]}),
-        "seed": cfg.seed, "split_seed": cfg.split_seed,
-        "split": {k: sum(a[f"rows_{k}"] for a in about.values()) for k in ("train", "val")},
-        "training": {k: getattr(cfg, k) for k in keys.split()} | {"steps": state["step"], "sets": about},
-        "seconds": round(state["seconds"], 1), "hardware": hardware(cfg), "license_code": "MIT",
-        "license_weights": "", "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})),
-        "parents": [], "weights": [],
-    }  # fmt: skip
-
-
-def describe(errors):
-    return "; ".join(f"{name} {e:.4g} meV/atom" + (f", {f:.4g} meV/A" if f == f else "") for name, (e, f) in errors.items())
-
-
-def history_csv(sets, rows):
-    columns = [c for name in sets for c in (f"{name} meV/atom", f"{name} meV/A")]
-    rows = [["" if x != x else x for x in row] for row in rows]  # nan: a set without forces
-    return csv_text(["epoch", "step", "train_loss", "lr", *columns, "seconds"], rows)
 
 
 if __name__ == "__main__":

@@ -1,78 +1,251 @@
-"""What every stage shares: command line, run folder, processes (torchrun)."""
+"""What every stage shares: its command line, its data, its work folder, its processes (torchrun).
+
+A stage is a file with a docstring, a dataclass `Config` (one flag a field) and run(cfg) -> dict, which a test can call;
+its last line is `main(run, Config, __doc__)`. A run works in the hidden folder .runs/NAME beside its result NAME:
+settings as given (config.json), log.txt, history.csv, skipped.csv and, until it is done, last.pt to resume from.
+"""
 
 import argparse
-import fcntl
+import contextlib
 import inspect
 import json
+import math
 import os
 import platform
+import re
 import sys
-from dataclasses import MISSING, asdict, fields
+import textwrap
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+from files import FULL, VERSION, UserError, check_name, read_json, reading, sweep, take_lock, write_json  # first: see OMP_WAIT_POLICY
 
 import torch
 import torch.distributed as dist
 
-from files import write_text
+from crystals import load_crystals
+from data import GraphConfig, GraphDataset, few_shot, make_splits, report_duplicates, split_fingerprint
+from tasks import get_task
 
-# ---------------------------------------------------------------- run folders
-
-LOCKS = {}  # {folder: open lock file} of this process
-# may change when a run is resumed
-FREE = {"resume", "config", "quiet", "overwrite", "device", "num_workers", "checkpointing", "time_limit", "save_minutes"}
+# ---------------------------------------------------------------- settings
 
 
-def claim(folder, cfg, resume=False):
-    """Make the run folder ours: locked against a second run, an older one neither lost nor mixed in; config.json."""
+@dataclass(frozen=True)
+class Range:
+    """Of a number: from `least` (or above it) to `most`."""
+
+    least: float = 0
+    most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, x):
+        return (x > self.least if self.above else x >= self.least) and x <= self.most
+
+    def __str__(self):
+        most = "" if self.most == math.inf else f", at most {self.most:g}"
+        return (f"above {self.least:g}" if self.above else f"{self.least:g} or more") + most
+
+
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Above = Annotated[float, Range(0, above=True)]
+LearningRate = Annotated[float, Range(0, 1)]
+
+
+@dataclass
+class CommonConfig:
+    """Settings of every stage that runs a model."""
+
+    batch_size: Positive = 64
+    max_atoms: Whole = 2000  # in a batch; 0: no limit
+    num_workers: Whole = 0  # processes that load batches
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    config: str = ""  # a run's config.json as defaults
+    quiet: bool = False  # print the result only
+
+
+@dataclass
+class TaskConfig(CommonConfig):
+    """Settings of every stage that reads one task: which crystals, which labels, which rows."""
+
+    hub: str = "hub"  # folder of the modules and of backbone/, their theta_0
+    cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
+    seed: Seed = 0
+    task: str = ""  # a name in the task table, or in --tasks
+    data: str = ""  # folder, file or "demo" [the task's own data set]
+    tasks: str = ""  # JSON file with more tasks
+    target_column: str = ""  # of the labels, in --data
+    structure_column: str = ""
+    id_column: str = ""
+    unit: str = ""  # of the labels
+    transform: Literal["", "none", "log", "log10", "log1p"] = ""
+    pooling: Literal["", "mean", "sum", "max"] = ""
+    limit: Whole = 0  # use this many random rows; 0: all
+    on_error: Literal["", "skip", "stop"] = ""  # at a row that cannot be used [skip]
+    split_seed: Seed = 0  # of 70/15/15
+    split_file: str = ""  # or JSON: {"train": [row, ...], "val": [], "test": []}
+    few_shot: Whole = 0  # keep this many random training rows; 0: all
+
+
+def run_name(cfg: TaskConfig) -> str:
+    """Name of the run's folders: the task as it was given, or the name of one's own data."""
+    if not (cfg.task or cfg.data):
+        raise UserError("--task is missing: a name in the task table (tasks.py) or in --tasks FILE; or give --data")
+    own = re.sub(r"[^a-z0-9_-]+", "_", Path(cfg.data).name.split(".")[0].lower()).strip("_-")
+    name = cfg.task.lower() or own
+    check_name(name, f"--task {cfg.task}" if cfg.task else f"--data {cfg.data}")
+    return name
+
+
+def prepare(cfg: TaskConfig, arch):
+    """The task's crystals, data.GraphDataset of their graphs, {"train", "val", "test": positions}."""
+    run_name(cfg)
+    names = ("target_column", "structure_column", "id_column", "unit", "transform", "pooling")
+    task = get_task(cfg.task, cfg.tasks, cfg.data, **{k: getattr(cfg, k) for k in names if getattr(cfg, k)})
+    quiet = cfg.quiet or rank() > 0
+    for _ in first_process_first():
+        crystals = load_crystals(task, cfg.limit, cfg.on_error or "skip", quiet=quiet, cache_dir=cfg.cache)
+        dataset = GraphDataset(crystals, GraphConfig(**arch["graph"]), cache_dir=cfg.cache, quiet=quiet)
+    splits = make_splits(crystals, cfg.split_seed, cfg.split_file)
+    splits["train"] = few_shot(splits["train"], cfg.few_shot, cfg.split_seed)
+    if not quiet:
+        report_duplicates(crystals, splits)
+    return crystals, dataset, splits
+
+
+# ---------------------------------------------------------------- what a result rests on
+
+
+def rests_on(crystals, splits) -> dict:
+    """The part of a record that says which labels and rows: names, and fingerprints of their content."""
+    task = crystals.task
+    label = {k: getattr(task, k) for k in ("target_column", "unit", "transform", "pooling")}
+    rows = {k: len(v) for k, v in splits.items()}
+    return {"task": task.name, **label, "rows": rows, "content": split_fingerprint(crystals, splits)}
+
+
+def compare(old: dict | None, new: dict, where, cure: str):
+    """Raise UserError that names what differs between the record of what stands in `where` and that of this run."""
+    if old is None:
+        raise UserError(f"{where}: does not say what it was made from; {cure}")
+    old, new = flat(old), flat(json.loads(json.dumps(new)))
+    differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if differ:
+        name = lambda k: flag(k.split(".")[0]) + k[len(k.split(".")[0]) :]  # noqa: E731; --epochs, --rows.train
+        shown = [f"{name(k)} {short(old.get(k))}, now {short(new.get(k))}" for k in differ[:4]]
+        shown += [f"{len(differ) - 4} more"] * (len(differ) > 4)
+        raise UserError(f"{where}: made with {'; '.join(shown)}; {cure}")
+
+
+def flat(record, prefix="") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    found = {}
+    for k, v in record.items():
+        found |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return found
+
+
+def short(value) -> str:
+    """As a person compares it: of a hash the beginning."""
+    return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)[:60]
+
+
+# ---------------------------------------------------------------- work folders
+
+LOCKS = {}  # {folder: open lock file} of this process, held until it ends
+LOG = []  # the open log.txt of the run
+
+
+def work_folder(result) -> Path:
+    return Path(result).parent / ".runs" / Path(result).name
+
+
+def claim(folder, cfg):
+    """Make the work folder ours: new, empty or an earlier run's, and locked against a second run. Writes config.json."""
+    folder = Path(folder)
     if rank() > 0:
         return
-    folder, mine = Path(folder), asdict(cfg)
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; remove it, or name another output")
+    if folder.exists() and not written_by(folder) and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder}: holds files that no run has written; name another output")
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() in LOCKS:
-        LOCKS.pop(folder.resolve()).close()
-    lock = open(folder / ".lock", "w")
+    if folder.resolve() not in LOCKS:
+        lock = take_lock(folder / ".lock", wait=False)
+        if lock is None:
+            raise UserError(f"{folder}: another run is working here; wait for it, or name another output")
+        LOCKS[folder.resolve()] = lock
+    for file in ("last.pt", "config.json", "history.csv", "skipped.csv"):
+        sweep(folder / file)
+    write_json(folder / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
+    while LOG:
+        LOG.pop().close()
+    LOG.append(open(folder / "log.txt", "a", buffering=1))
+
+
+def written_by(folder) -> str:
+    """The stage whose config.json is in the folder; "" where there is none of ours."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another run is writing here; wait for it or give another --output") from None
-    LOCKS[folder.resolve()] = lock  # held until the process ends
-    for left in folder.glob("*.tmp"):  # by a run that was killed
-        left.unlink(missing_ok=True)
-    path, last = folder / "config.json", folder / "last.pt"
-    if getattr(cfg, "overwrite", False) and not resume:
-        for old in (last, folder / "metrics.json", folder / "module.json"):
-            old.unlink(missing_ok=True)
-    if last.exists() and not resume:
-        raise ValueError(f"{folder}: holds an unfinished run; add --resume, or --overwrite, or give another --output")
-    if last.exists() and path.exists():
-        old = json.loads(path.read_text())
-        for k in sorted((old.keys() & mine.keys()) - FREE):
-            if old[k] != mine[k]:
-                raise ValueError(f"{folder}: {flag(k)} was {old[k]!r}, now {mine[k]!r}; --resume needs the same")
-    write_text(path, json.dumps(mine, indent=2) + "\n")
+        found = json.loads((Path(folder) / "config.json").read_text())
+        return found["stage"] if "version" in found else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
-def number(x):
+def stage_of(cfg) -> str:
+    return Path(inspect.getfile(cfg if isinstance(cfg, type) else type(cfg))).stem
+
+
+def last_state(folder, record, resume: bool, overwrite: bool):
+    """What last.pt of the work folder holds, or None to start anew. It must be of a run with the same record."""
+    last = Path(folder) / "last.pt"
+    if not last.exists() or overwrite and not resume:
+        return None
+    if not resume:
+        raise UserError(f"{folder}: holds an unfinished run; add --resume to go on, or --overwrite to start again")
+    again = "--overwrite instead of --resume starts again"
+    with reading(last, "the state of a run", again):
+        saved = torch.load(last, map_location="cpu", weights_only=True)
+        old = saved["record"]
+    compare(old, record, folder, f"--resume needs the same; {again}")
+    return saved
+
+
+def say(cfg, line):
+    """For people, on stderr and in the run's log."""
+    if rank() == 0:
+        if not cfg.quiet:
+            print(line, file=sys.stderr)
+        for log in LOG:
+            print(line, file=log)
+
+
+def silent(cfg) -> bool:
+    """Whether to draw no progress bars."""
+    return cfg.quiet or rank() > 0 or not sys.stderr.isatty()
+
+
+def number(x) -> str:
     return "-" if x is None else f"{x:.4g}"
 
 
-
-
-
-# ---------------------------------------------------------------- device and processes (torchrun)
+# ---------------------------------------------------------------- device and processes
 
 
 def pick_device(name="auto"):
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def hardware(cfg):
+def hardware(cfg) -> str:
     device = pick_device(cfg.device)
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     return f"{world()} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}"
@@ -82,8 +255,9 @@ def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=getattr(cfg, "bf16", False))
 
 
-def start_processes(cfg):
-    """Join torchrun's process group if there is one. Every process takes its share of every batch."""
+def start(cfg):
+    """The first line of every run: check the settings; join torchrun's process group if there is one."""
+    check_settings(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         device = pick_device(cfg.device)
         if device.type == "cuda":
@@ -92,11 +266,11 @@ def start_processes(cfg):
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # building graphs takes long
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -105,13 +279,21 @@ def barrier():
         dist.barrier()
 
 
-def all_sum(x):
-    """Sum of a number over the processes."""
+def first_process_first():
+    """`for _ in first_process_first():` the body runs in the first process, then in the others, which find its cache."""
+    for first in (True, False):
+        if (rank() == 0) == first:
+            yield
+        barrier()
+
+
+def all_sum(values: list) -> list:
+    """Sums of numbers over the processes."""
     if world() == 1:
-        return x
-    t = torch.tensor(x, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(t)
-    return t.item()
+    return t.tolist()
 
 
 def reduce_gradients(params):
@@ -126,72 +308,107 @@ def reduce_gradients(params):
         p.grad = g.view_as(p) if u else None
 
 
-def silent(cfg):
-    return cfg.quiet or rank() > 0 or not sys.stderr.isatty()
-
-
-def say(cfg, line):
-    if not cfg.quiet and rank() == 0:
-        print(line, file=sys.stderr)
-
-
 # ---------------------------------------------------------------- command line
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(hint):
+    """(type, Range or None, choices) of a field's annotation; `T | None` counts as T."""
+    if get_origin(hint) in (Union, type(int | None)):
+        hint = next(h for h in get_args(hint) if h is not NoneType)
+    if get_origin(hint) is Annotated:
+        kind, limits = get_args(hint)
+        return kind, limits, ()
+    if get_origin(hint) is Literal:
+        return str, None, get_args(hint)
+    return get_origin(hint) or hint, None, ()
+
+
+def hints_of(Config) -> dict:
+    return {k: kind_of(h) for k, h in get_type_hints(Config, include_extras=True).items()}
+
+
+def check_settings(cfg):
+    """Every number in its range, every word among its choices."""
+    for name, (_, limits, choices) in hints_of(type(cfg)).items():
+        value = getattr(cfg, name)
+        if limits is not None and value is not None and value not in limits:
+            raise UserError(f"{flag(name)} {value}: must be {limits}")
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{flag(name)} {value}: use {', '.join(c for c in choices if c)}")
+
+
 def parse(Config, doc, argv=None):
-    """One flag per field: help from the comment beside it, choices from Literal; a list comes without a flag."""
+    """One flag a field: its help is the comment beside it, its type and range come from the annotation, a list comes
+    without a flag, the flag of a tuple may be repeated. --config FILE gives defaults."""
     parts = inspect.cleandoc(doc).split("\n\n")
     example = next((p for p in parts if p.startswith("    python")), "")
     script = (example.split() or ["", Path(sys.argv[0]).name])[1]
     p = argparse.ArgumentParser(
-        usage=f"python {script} [--flag value ...]", description=parts[0], epilog=f"example:\n{example}",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
+        usage=f"python {script} [--flag value ...]", description=textwrap.fill(parts[0], 100),
+        epilog=f"example:\n{example}", allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
     )  # fmt: skip
     p.error = refuse
-    notes, hints = comments(Config), get_type_hints(Config)
-    for f in fields(Config):
-        note = f.metadata.get("help", notes.get(f.name, "")).replace("%", "%%")
-        choices = f.metadata.get("choices") or get_args(hints[f.name]) or None
-        if f.default is MISSING:
+    notes, hints = comments(Config), hints_of(Config)
+    for f in own_first(Config):
+        note, (kind, _, choices) = notes.get(f.name, "").replace("%", "%%"), hints[f.name]
+        if kind is list:
             p.add_argument(f.name, nargs="*", help=note)
-        elif isinstance(f.default, bool):
-            p.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=f.default, help=note)
+        elif kind is tuple:
+            p.add_argument(flag(f.name), action="append", metavar=f.name.upper(), help=f"{note} (may be given again)")
+        elif kind is bool:
+            p.add_argument(flag(f.name), action="store_true", default=f.default, help=note)
+            p.add_argument(flag(f"no_{f.name}"), action="store_false", dest=f.name, help=argparse.SUPPRESS)
         else:
             shape = "|".join(c for c in choices if c) if choices else f.name.split("_")[-1].upper()
-            note = note if f.default == "" else f"[{f.default}] {note}"
-            kind = {"type": type(f.default), "choices": choices, "metavar": shape}
-            p.add_argument(flag(f.name), default=f.default, help=note, **kind)
+            note = note if f.default in ("", None) else f"{note} [{f.default:g}]" if kind is float else f"{note} [{f.default}]"
+            p.add_argument(flag(f.name), default=f.default, type=kind, choices=choices or None, metavar=shape, help=note.strip())
+    p.add_argument("--help", "-h", action="help", help="show this and exit")
+    p.add_argument("--version", action="version", version=f"MoMa {VERSION} (torch {torch.__version__})", help="and exit")
     argv = sys.argv[1:] if argv is None else argv
     argv = [flag(a[2:].split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
-    given = p.parse_args(argv)
-    if getattr(given, "config", ""):
-        p.set_defaults(**read_config(given.config, Config, hints))
+    given, file = p.parse_args(argv), {}
+    if given.config:
+        file = read_config(given.config, Config, hints)
+        p.set_defaults(**{k: v for k, v in file.items() if hints[k][0] is not tuple})
         given = p.parse_args(argv)
-    for name, value in vars(given).items():
-        least = int(name == "batch_size")
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"{flag(name)} {value}: must be {least} or more")
-    return Config(**vars(given))
+    for k in (k for k, (kind, _, _) in hints.items() if kind is tuple):
+        setattr(given, k, tuple(getattr(given, k) or file.get(k, ())))
+    cfg = Config(**vars(given))
+    check_settings(cfg)
+    return cfg
 
 
-def read_config(path, Config, hints):
+def own_first(Config) -> list:
+    """Task and data, then the fields of the stage itself, then those that it shares with others."""
+    place = {name: i for i, c in reversed([*enumerate(Config.__mro__[:-1])]) for name in inspect.get_annotations(c)}
+    return sorted(fields(Config), key=lambda f: (f.name not in ("task", "data"), place[f.name]))
+
+
+def read_config(path, Config, hints) -> dict:
     """Defaults from a run's config.json."""
-    try:
-        found = dict(json.loads(Path(path).read_text()))
-    except (TypeError, ValueError):
-        raise ValueError(f"--config {path}: not a JSON object; give the config.json of a run") from None
-    known = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+    found = read_json(path, "the config.json of a run", "give the file that a run of this command wrote")
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: not a JSON object; give the config.json of a run")
+    if found.pop("stage", stage_of(Config)) != stage_of(Config):
+        raise UserError(f"--config {path}: written by another command, not by {stage_of(Config)}.py")
+    found.pop("version", None)
+    defaults = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
     for k, v in found.items():
-        if k not in known:
-            raise ValueError(f"--config {path}: unknown setting {k!r}; known are {', '.join(known)}")
-        choices, kind = get_args(hints[k]), type(known[k])
-        if not (v in choices if choices else type(v) is kind or kind is float and type(v) is int):
-            raise ValueError(f"--config {path}: {k} is {v!r}, expected {' or '.join(choices) or kind.__name__}")
+        if k not in hints:
+            raise UserError(f"--config {path}: unknown setting {k!r}; known are {', '.join(hints)}")
+        kind, _, choices = hints[k]
+        fits = v in choices if choices else type(v) is kind or (kind, type(v)) in ((float, int), (tuple, list))
+        if not (fits or v is None and defaults.get(k, "") is None):
+            raise UserError(f"--config {path}: {k} is {v!r}, expected {' or '.join(choices) or kind.__name__}")
     return {k: v for k, v in found.items() if k not in ("config", "resume", "overwrite")}
 
 
-def comments(Config):
+def comments(Config) -> dict:
     """{field: the comment on its line}, for the dataclass and those it extends."""
     found = {}
     for c in reversed(Config.__mro__[:-1]):
@@ -200,34 +417,33 @@ def comments(Config):
     return found
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def refuse(message):
-    raise ValueError(f"{message}; see --help")
+    raise UserError(f"{message}; see --help")
 
 
 def main(run, Config, doc, argv=None):
-    """A script: exit 0 with the result made, 2 and one line for wrong input, 130 after Ctrl-C; bugs: a traceback."""
+    """A script: exit 0 with the result made, 2 and one line for wrong input, 130 after Ctrl-C; a bug is a traceback."""
     script = Path(sys.argv[0]).name
     try:
         result = run(parse(Config, doc, argv))
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped; the same command with --resume goes on from the last saved epoch", file=sys.stderr)
+        again = "the same command with --resume goes on from what it saved last"
+        again = again if "resume" in hints_of(Config) else "nothing was changed"
+        print(f"\n{script}: stopped; {again}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
-        print(f"{script}: the GPU is out of memory; lower --batch-size or --max-atoms", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        ours = Path(trace.tb_frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
-        if isinstance(error, ValueError) and not ours:  # raised inside a library: our mistake, not the user's
+        wrong = "the GPU is out of memory; lower --batch-size or --max-atoms"
+    except MemoryError:
+        wrong = "out of memory; lower --batch-size, --max-atoms or --limit"
+    except UserError as error:
+        wrong = str(error)
+    except OSError as error:
+        if not (error.strerror and error.filename):
             raise
-        known = isinstance(error, OSError) and error.strerror and error.filename
-        line = f"{error.filename}: {error.strerror}" if known else str(error)
-        print(f"{script}: {' '.join(line.split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(result.get("exit_code", 0) if isinstance(result, dict) else 0)
+        wrong = f"{error.filename}: {error.strerror}"
+        wrong += "; free space there, what stood there is unchanged" if error.errno in FULL else ""
+    else:
+        sys.exit(result.get("exit_code", 0) if isinstance(result, dict) else 0)
+    with contextlib.suppress(OSError):
+        print(f"{script}: {' '.join(wrong.split())}", file=sys.stderr)
+    sys.exit(2)

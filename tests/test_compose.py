@@ -1,20 +1,22 @@
 """Adaptive Module Composition: the maths against numbers one can check, and the stage on a hub made in the test."""
 
 import json
-import sys
-from pathlib import Path
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import compose
+import finetune
 import hub
-from crystals import load_crystals
-from tasks import get_task
+import stage
 from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
+from crystals import load_crystals
+from files import UserError
+from model import preset
+from tasks import get_task
 
 # ------------------------------------------------------------------------------------------------ step 1, the estimate
 
@@ -180,7 +182,7 @@ def test_a_large_merge_gap_is_said_aloud():
 
 # --------------------------------------------------------------------------------------------------- step 3, the merge
 
-ARCH = {"backbone": "gemnet_oc", "preset": "tiny"}
+ARCH = preset("tiny")
 
 
 def put(folder, name, tensors, kind="full"):
@@ -270,20 +272,6 @@ def test_a_module_whose_representation_is_not_finite_is_named(three):
         compose.compose(three, embed, np.arange(9.0))
 
 
-def test_licences_are_joined_with_the_most_restrictive_first():
-    assert compose.strictest(["CC-BY-4.0", "CC-BY-NC-4.0", "CC-BY-4.0"]) == "CC-BY-NC-4.0; CC-BY-4.0"
-    assert compose.strictest(["MIT", "", "CC-BY-NC-SA-4.0"]) == "unknown; CC-BY-NC-SA-4.0; MIT"
-
-
-def test_few_shot_rows_are_nested_and_repeatable():
-    rows = np.arange(100, 200)
-    few, more = compose.few_shot(rows, 10, seed=1), compose.few_shot(rows, 30, seed=1)
-    assert len(few) == 10 and set(few) < set(more) and few.tolist() == compose.few_shot(rows, 10, seed=1).tolist()
-    assert compose.few_shot(rows, 0, seed=1).tolist() == rows.tolist()
-    with pytest.raises(ValueError, match="--few-shot 101: the training split has 100"):
-        compose.few_shot(rows, 101, seed=1)
-
-
 # ------------------------------------------------------------------------------------------------------ the whole stage
 
 TASK, N_ROWS = "demo_optical_gap", 40
@@ -298,7 +286,7 @@ def made(request, tmp_path_factory):
     arch = model.preset("tiny")
     torch.manual_seed(0)
     backbone, adapters = model.build_backbone(arch), model.new_adapters(arch)
-    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"]}
+    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"], "license_weights": "MIT"}
     saved = hub.save(folder / "hub/backbone", backbone.state_dict(), card, adapters_init=adapters.state_dict())
     start = (backbone if kind == "full" else adapters).state_dict()
     for i, name in enumerate(("a", "b", "c", "d")):
@@ -337,18 +325,17 @@ def test_compose_writes_a_module_a_report_and_a_chart(made, tmp_path, capsys):
     assert e["mixture"] <= min(e["best_single"], e["uniform"]) + 1e-8
     assert e["theta_0"] > 0 and e["mean"] == (28 / 27) ** 2
     assert stored["merge_gap"] == e["composed"] - e["mixture"]
-    assert (tmp_path / "composed_weights.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "composed/weights.png").read_bytes()[:4] == b"\x89PNG"
     assert hub.verify(where) == []
     out = capsys.readouterr().out
     assert "mixture of predictions" in out and "merge gap" in out and "eV" in out
 
 
 def test_composing_again_runs_no_network_and_gives_the_same(made, tmp_path, monkeypatch):
-    import model
-
     first = compose.run(config(made, tmp_path / "composed"))
     names = [p.name for p in sorted((made[2] / "embeddings").iterdir())]
-    monkeypatch.setattr(model, "build_backbone", None)
+    monkeypatch.setattr(compose, "build_backbone", None)
+    monkeypatch.setattr(compose, "encode", None)
     assert compose.run(config(made, tmp_path / "again")) == first | {"output": str(tmp_path / "again")}
     assert names == [p.name for p in sorted((made[2] / "embeddings").iterdir())]
     again = (tmp_path / "again" / "module.safetensors").read_bytes()
@@ -366,7 +353,7 @@ def test_labels_outside_the_training_split_do_not_matter(made, tmp_path, monkeyp
         crystals.y[np.concatenate([splits["val"], splits["test"]])] = 1e6
         return crystals
 
-    monkeypatch.setattr(data, "load", other_labels)
+    monkeypatch.setattr(stage, "load_crystals", other_labels)
     second = compose.run(config(made, tmp_path / "again"))
     assert second["modules"] == first["modules"] and second["errors"] == first["errors"]
     assert second["label_std"] == first["label_std"]
@@ -396,7 +383,7 @@ def test_several_tasks_make_a_heat_map(made, tmp_path):
         k for k in demo.TASKS if get_task(k, data="demo").role == "downstream"
     ]
     assert (tmp_path / "heat_map.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / TASK / "composed" / "module.json").exists()
+    assert (tmp_path / TASK / "module.json").exists()
 
 
 @pytest.mark.parametrize("changes, error, message", [
@@ -418,8 +405,11 @@ def test_errors_say_what_where_and_the_cure(made, tmp_path, changes, error, mess
 
 def test_a_folder_that_is_not_a_composed_module_is_left_alone(made, tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="mine: exists and is not a composed module"):
-        compose.run(config(made, tmp_path / "mine"))
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="mine: exists and is no module"):
+            compose.run(config(made, tmp_path / "mine", overwrite=overwrite))
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
 
 
 def test_full_and_adapter_modules_do_not_mix(tmp_path):
@@ -441,3 +431,88 @@ def test_a_foreign_module_is_named_before_any_tensor_is_read(made, tmp_path, mon
         for p in (where / "zz").iterdir():
             p.unlink()
         (where / "zz").rmdir()
+
+
+# ------------------------------------------------------------------------------------------------ what it rests on
+
+
+def test_a_composition_made_with_the_same_settings_is_kept_and_others_are_refused(made, tmp_path, capsys, monkeypatch):
+    cfg = config(made, tmp_path / "composed")
+    first = compose.run(cfg)
+    monkeypatch.setattr(compose, "compose", None)
+    capsys.readouterr()
+    assert compose.run(cfg) == first and "mixture of predictions" in capsys.readouterr().out
+    for changes, words in [
+        (dict(few_shot=10), "--rows.train 28, now 10"), (dict(split_seed=1), "--content.train"),
+        (dict(neighbors=3), "--neighbors 5, now 3"), (dict(modules="a,b"), "--modules.c '.*', now None"),
+        (dict(task="demo_gap"), "--task"), (dict(select="all"), "--select 'amc', now 'all'"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            compose.run(replace(cfg, **changes))
+
+
+def tuned(made, tmp_path, **changes):
+    cfg = dict(task=TASK, hub=str(made[1]), cache=str(made[2]), epochs=1, quiet=True, output=str(tmp_path / "run"),
+               init=str(tmp_path / "composed"))  # fmt: skip
+    return finetune.Config(**cfg | changes)
+
+
+def test_fine_tuning_takes_over_labels_split_and_rows_of_the_composition(made, tmp_path):
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": list(range(12)), "val": [12, 13, 14], "test": [15, 16, 17]}))
+    compose.run(config(made, tmp_path / "composed", few_shot=9, split_file=str(split), transform="log", split_seed=4, limit=0))
+    finetune.run(tuned(made, tmp_path))  # nothing said but the task: all else is the composition's
+    rows, card = json.loads((tmp_path / "run/splits.json").read_text()), hub.read_card(tmp_path / "run")
+    assert len(rows["train"]) == 9 and set(rows["train"]) < set(range(12)) and rows["test"] == [15, 16, 17]
+    assert card["transform"] == "log" and card["dataset"] == "demo:demo_optical_gap"
+    composed = hub.read_card(tmp_path / "composed")["record"]
+    assert {k: card["record"][k] for k in ("content", "rows", "transform")} == {
+        k: composed[k] for k in ("content", "rows", "transform")
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(few_shot=0), "--rows.train 9, now 28"),
+        (dict(split_seed=1), "--content.test"),
+        (dict(transform="log"), "--transform 'none', now 'log'"),
+        (dict(limit=0), "--rows.test 6, now"),
+        (dict(task="demo_gap"), "--task 'demo_optical_gap', now 'demo_gap'"),
+    ],
+)
+def test_fine_tuning_on_other_rows_or_labels_than_composed_on_is_refused(made, tmp_path, changes, words):
+    compose.run(config(made, tmp_path / "composed", few_shot=9))
+    with pytest.raises(UserError, match=f"was composed on other rows or labels.*{words}.*compose again for these"):
+        finetune.run(tuned(made, tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_settings_of_the_composition_its_card_still_tells_other_rows(made, tmp_path):
+    compose.run(config(made, tmp_path / "elsewhere/composed"))
+    shutil.copytree(tmp_path / "elsewhere/composed", tmp_path / "composed")
+    with pytest.raises(UserError, match="composed on other rows"):
+        finetune.run(tuned(made, tmp_path, data="demo"))
+    finetune.run(tuned(made, tmp_path, data="demo", limit=N_ROWS))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damaged_embeddings_are_computed_again(made, tmp_path, damage):
+    first = compose.run(config(made, tmp_path / "composed", modules="a,b"))
+    cache = tmp_path / "cache"
+    shutil.copytree(made[2], cache)
+    for file in cache.glob("embeddings/*/x.npy"):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 64
+        file.write_bytes(content if damage == "flip" else content[:-40])
+    cfg = config(made, tmp_path / "again", modules="a,b")
+    cfg.cache = str(cache)
+    assert compose.run(cfg) == first | {"output": str(tmp_path / "again")}
+
+
+def test_the_licence_of_theta_0_holds_for_what_is_composed(made, tmp_path, monkeypatch):
+    read = hub.read_card
+    theta = lambda path: read(path) | ({"license_weights": "CC BY-NC 4.0"} if path.name == "backbone" else {})  # noqa: E731
+    monkeypatch.setattr(hub, "read_card", theta)
+    compose.run(config(made, tmp_path / "composed", modules="c"))
+    assert read(tmp_path / "composed")["license_weights"] == "CC BY-NC 4.0; MIT"

@@ -3,19 +3,22 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
 
 import demo
 import hub
+import pretrain
+import train_module
 from crystals import Crystals
+from files import UserError
 from stage import main
 from tasks import Task
-import numpy as np
-import pretrain
-import pytest
-import torch
-import train_module
-
-import data
 
 SETS = "demo_forcefield,demo_clusters"
 
@@ -112,10 +115,10 @@ def test_an_epoch_repeats_small_sets_evenly_and_follows_from_the_seed():
     sets = {"large": energy_set("large", 90), "small": energy_set("small", 10)}
     cfg = pretrain.Config(batch_size=8)
     plan = pretrain.plan_epoch(sets, cfg, epoch=3)
-    rows = {name: np.bincount([i for n, batch, _ in plan if n == name for i in batch]) for name in sets}
+    rows = {name: np.bincount([i for batch, n, _ in plan if n == name for i in batch]) for name in sets}
     assert rows["large"].tolist() == [1] * 90  # every row once
     assert rows["small"].tolist() == [3] * 10  # sqrt(90 * 10) = 30 rows
-    assert max(len(batch) for _, batch, _ in plan) == 8
+    assert max(len(batch) for batch, _, _ in plan) == 8
     assert plan == pretrain.plan_epoch(sets, cfg, epoch=3) and plan != pretrain.plan_epoch(sets, cfg, epoch=4)
 
 
@@ -128,22 +131,25 @@ def test_force_loss_is_structure_wise():
 def test_energy_loss_is_per_atom():
     batch = {"batch": torch.tensor([0, 0, 1]), "num_atoms": torch.tensor([2, 1]), "y": torch.tensor([1.0, 1.0])}
     batch["forces"] = torch.zeros(3, 3)
+    batch["task"] = "s"
     energy = torch.tensor([3.0, 1.5])  # off by 2 with two atoms, and by 0.5 with one
-    assert pretrain.loss_of(energy, None, batch, 10.0).item() == pytest.approx((2 / 2 + 0.5) / 2)
     forces = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
-    assert pretrain.loss_of(energy, forces, batch, 10.0).item() == pytest.approx(0.75 + 10 * (1 + 1) / 2)
+    sets = {"s": SimpleNamespace(force_weight=10.0)}
+    assert pretrain.loss_of(sets, lambda batch, task: (energy, None), batch).item() == pytest.approx((2 / 2 + 0.5) / 2)
+    loss = pretrain.loss_of(sets, lambda batch, task: (energy, forces), batch)
+    assert loss.item() == pytest.approx(0.75 + 10 * (1 + 1) / 2)
 
 
 def test_the_rate_rises_from_a_fifth_and_falls_to_a_tenth():
-    rates = [pretrain.lr_factor(p, 0.1) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    rates = [pretrain.lr_factor(20 * p, 0.1, epochs=20) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
     np.testing.assert_allclose(rates, [0.2, 0.6, 1.0, 0.55, 0.1], atol=1e-12)
 
 
 def test_gradients_of_shared_layers_are_divided():
     net = torch.nn.Linear(2, 1)
     net.shared_gradient_divisors = lambda: {"weight": 4}
-    net(torch.ones(1, 2)).backward()
     pretrain.divide_shared_gradients(net)
+    (net(torch.ones(1, 2)) / 2 + net(torch.ones(1, 2)) / 2).backward()  # used twice, divided once
     assert net.weight.grad.tolist() == [[0.25, 0.25]] and net.bias.grad.tolist() == [1.0]
 
 
@@ -170,7 +176,7 @@ def two_springs(task, *args, **kwargs):
 
 def test_a_run_lowers_the_error_of_both_sets_and_writes_theta_0(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "find_task", lambda name, cfg: Task(name))
-    monkeypatch.setattr(data, "load", two_springs)
+    monkeypatch.setattr(pretrain, "load_crystals", two_springs)
     card = pretrain.run(config(tmp_path, sets="dimers,cells", epochs=8, batch_size=8))
     h = history(tmp_path)
     for column in ("dimers meV/atom", "dimers meV/A", "cells meV/atom"):
@@ -181,7 +187,7 @@ def test_a_run_lowers_the_error_of_both_sets_and_writes_theta_0(tmp_path, monkey
     assert cells["val_mae_mev_per_angstrom"] is None
     assert cells["references_ev"].keys() == {"Cu"} and card["elements"] == [1, 8, 29]
     assert card["kind"] == "backbone" and card["architecture"]["forces"] is False
-    backbone, _ = train_module.load_backbone(tmp_path / "hub")  # exactly the tensors of the architecture
+    backbone = hub.load_module(tmp_path / "hub/backbone").backbone  # exactly the tensors of the architecture
     assert not any("out_mlp_F" in k for k in backbone.state_dict())
     assert hub.load_tensors(tmp_path / "hub/backbone", "adapters.safetensors")
     assert hub.verify(tmp_path / "hub") == []
@@ -192,13 +198,13 @@ def test_two_processes_agree_when_to_save(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    c = config(tmp_path)
-    command = [sys.executable, pretrain.__file__, "--sets", c.sets, "--data", c.data, "--hub", c.hub, "--preset", c.preset]
-    command += ["--epochs", "1", "--limit", "48", "--quiet", "--save-minutes"]
-    processes = []
-    for rank, minutes in enumerate(("10", "0")):
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([*command, minutes], env=dict(env)))
+    c, processes = config(tmp_path), []
+    flags = ["--sets", c.sets, "--data", c.data, "--hub", c.hub, "--preset", c.preset, "--epochs", "1", "--limit", "48"]
+    for rank, seconds in enumerate((-1e9, 1e9)):
+        code = f"import sys, train_module, pretrain, stage; train_module.SAVE_SECONDS = {seconds}; "
+        code += "stage.main(pretrain.run, pretrain.Config, pretrain.__doc__, sys.argv[1:])"
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen([sys.executable, "-c", code, *flags, "--quiet"], env=dict(env)))
     try:
         assert [p.wait(timeout=60) for p in processes] == [0, 0]
     finally:
@@ -209,7 +215,7 @@ def test_two_processes_agree_when_to_save(tmp_path):
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     whole = pretrain.run(config(tmp_path / "a"))
-    step, calls = pretrain.train_step, []
+    step, calls = train_module.train_step, []
 
     def killed(*args):
         calls.append(1)
@@ -217,12 +223,16 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(pretrain, "train_step", killed)
+    monkeypatch.setattr(train_module, "train_step", killed)
+    monkeypatch.setattr(train_module, "SAVE_SECONDS", -1e9)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(config(tmp_path / "b", save_minutes=0.0))
-    monkeypatch.setattr(pretrain, "train_step", step)
-    with pytest.raises(ValueError, match="--resume"):
         pretrain.run(config(tmp_path / "b"))
+    monkeypatch.setattr(train_module, "train_step", step)
+    assert (tmp_path / "b/hub/.runs/backbone/last.pt").exists()
+    with pytest.raises(UserError, match="--resume"):
+        pretrain.run(config(tmp_path / "b"))
+    with pytest.raises(UserError, match="--seed 0, now 1"):
+        pretrain.run(config(tmp_path / "b", resume=True, seed=1))
     resumed = pretrain.run(config(tmp_path / "b", resume=True))
     assert resumed["tensors_sha256"] == whole["tensors_sha256"]
     losses = [history(tmp_path / x)["train_loss"] for x in "ab"]
@@ -233,23 +243,36 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 def test_a_time_limit_writes_the_backbone_and_resume_finishes_it(tmp_path):
     whole = pretrain.run(config(tmp_path / "a", epochs=1))
     early = pretrain.run(config(tmp_path / "b", epochs=1, time_limit=1e-9))
-    assert early["training"]["steps"] == 1
+    assert early["training"]["steps"] < whole["training"]["steps"]
     late = pretrain.run(config(tmp_path / "b", epochs=1, resume=True))
     assert late["tensors_sha256"] == whole["tensors_sha256"] != early["tensors_sha256"]
 
 
-def test_a_backbone_in_use_is_not_overwritten(tmp_path):
+def test_a_backbone_made_with_the_same_settings_is_kept_and_one_in_use_is_not_replaced(tmp_path):
     cfg = config(tmp_path, epochs=1, limit=40)
     card = pretrain.run(cfg)
-    with pytest.raises(ValueError, match="exists already"):
-        pretrain.run(cfg)
+    assert pretrain.run(cfg) == card
+    with pytest.raises(UserError, match="--seed 0, now 1; give another --hub, or --overwrite"):
+        pretrain.run(replace(cfg, seed=1))
+    with pytest.raises(UserError, match="--sets.demo_forcefield"):
+        pretrain.run(replace(cfg, limit=41))
     tensors = hub.load_tensors(tmp_path / "hub/backbone")
     module = {**card, "kind": "full", "backbone_sha256": card["tensors_sha256"]}
     hub.save(tmp_path / "hub/some_module", tensors, module)
-    with pytest.raises(ValueError, match="some_module"):
-        pretrain.run(cfg)
-    cfg.overwrite, cfg.seed = True, 1
-    assert pretrain.run(cfg)["tensors_sha256"] != card["tensors_sha256"]
+    with pytest.raises(UserError, match="some_module start"):
+        pretrain.refuse_if_used(tmp_path / "hub/backbone", cfg)
+    new = pretrain.run(replace(cfg, seed=1, overwrite=True))
+    assert new["tensors_sha256"] != card["tensors_sha256"]
+
+
+def test_a_set_may_be_called_what_a_card_may_not_hold(tmp_path):
+    """The name of a set is no private field: refused neither before the first epoch nor after the last."""
+    lines = []
+    for x in np.linspace(-0.1, 0.1, 20):
+        lines += ["2", f'Properties=species:S:1:pos:R:3 energy={-30 + x:.6f} pbc="F F F"', "H 0 0 0", f"H {0.74 + x:.6f} 0 0"]
+    (tmp_path / "structures.extxyz").write_text("\n".join(lines) + "\n")
+    card = pretrain.run(config(tmp_path, sets=f"{tmp_path}/structures.extxyz", data="", epochs=1))
+    assert list(card["training"]["sets"]) == ["structures"] and hub.verify(tmp_path / "hub") == []
 
 
 def test_files_with_and_without_forces(tmp_path):

@@ -31,7 +31,7 @@ def home(tmp_path_factory):
     """A hub with a theta_0 pre-trained for an epoch, two full and two adapter modules."""
     root = tmp_path_factory.mktemp("stages")
     shared = [*SMALL, "--hub", root / "hub", "--cache", root / "cache", "--batch-size", "8"]
-    sets = ["--sets", "demo_forcefield,demo_clusters", "--preset", "tiny", "--output", root / "pretrain"]
+    sets = ["--sets", "demo_forcefield,demo_clusters", "--preset", "tiny"]
     assert call(pretrain, *sets, *shared, "--epochs", "1") == 0
     for kind in ("full", "adapter"):
         for task in ("demo_dielectric", "demo_gap"):
@@ -49,7 +49,7 @@ def test_a_task_goes_from_hub_to_predictions(home, kind, monkeypatch, capsys):
     task = ["--task", "demo_refractive_index"]
     assert hub.verify(root / "hub") == []
     assert call(compose, *task, *shared, "--kind", kind, "--bootstrap", "5") == 0
-    composed = work / "runs" / "demo_refractive_index" / "composed"  # where finetune.py looks without being told
+    composed = work / "runs" / "composed" / "demo_refractive_index"  # where finetune.py looks without being told
     report = json.loads((composed / "composition.json").read_text())
     assert sum(m["weight"] for m in report["modules"].values()) == pytest.approx(1)
     assert hub.read_card(composed)["kind"] == kind
@@ -61,7 +61,7 @@ def test_a_task_goes_from_hub_to_predictions(home, kind, monkeypatch, capsys):
 
     demo.write_examples("my_crystals")
     assert call(predict, "--model", "runs/demo_refractive_index", "my_crystals", "--quiet") == 0
-    rows = list(csv.reader(open("predictions.csv")))
+    rows = list(csv.reader(open("runs/predictions/predictions.csv")))
     assert rows[0][0] == "id" and rows[0][1].startswith("prediction") and len(rows) >= 3
     assert all(math.isfinite(float(value)) for _, value in rows[1:])
 
@@ -69,7 +69,7 @@ def test_a_task_goes_from_hub_to_predictions(home, kind, monkeypatch, capsys):
 def test_every_stage_repeats_itself_from_its_config_file(home, tmp_path):
     root, shared = home
     new = ["--hub", tmp_path / "hub"]
-    assert call(pretrain, "--config", root / "pretrain" / "config.json", *new, "--output", tmp_path / "run") == 0
+    assert call(pretrain, "--config", root / "hub" / ".runs" / "backbone" / "config.json", *new) == 0
     assert call(tm, "--config", root / "hub" / ".runs" / "demo_gap-full" / "config.json", *new) == 0
     for name in ("backbone", "demo_gap-full"):
         old, new = (hub.read_card(h / name)["tensors_sha256"] for h in (root / "hub", tmp_path / "hub"))
@@ -84,7 +84,6 @@ def test_composition_prefers_the_module_that_shares_the_physics(tmp_path):
         tm.run(tm.Config(**shared, task=task, limit=500, epochs=6))
     found = compose.run(compose.Config(**shared, task="demo_optical_gap", bootstrap=0, output=str(tmp_path / "composed")))
     weights = {name: module["weight"] for name, module in found["modules"].items()}
-    assert demo.RELATED["demo_optical_gap"] == ["demo_gap"]
     assert weights["demo_gap"] > 0.5, weights
 
 
@@ -100,7 +99,33 @@ def test_the_benchmark_runs_every_method_once_and_shows_a_table(home, tmp_path, 
     row = next(line for line in text.splitlines() if line.startswith("| demo_optical_gap (eV)"))
     scratch = [json.loads((tmp_path / f"scratch/demo_optical_gap/seed{i}/metrics.json").read_text()) for i in (0, 1)]
     assert f"{sum(m['test_mae'] for m in scratch) / 2:.4g} ±" in row and "| 28 / 6 |" in row
+    capsys.readouterr()
     assert call(benchmark, "--table", "--output", tmp_path) == 0
-    assert capsys.readouterr().out.count("| demo_optical_gap (eV)") == 2
+    assert capsys.readouterr().out.count("| demo_optical_gap (eV)") == 1
+    assert call(benchmark, *argv) == 0
     assert [p.stat().st_mtime_ns for p in runs] == times  # what is finished is not run again
+    lines = list(csv.DictReader(open(tmp_path / "runs.csv")))
+    assert {(r["method"], r["seed"]) for r in lines} == {(m, s) for m in benchmark.METHODS for s in "01"}
+    assert call(benchmark, *argv, "--epochs", "3") == 2  # and not passed off as what other settings gave
+    assert "--epochs 2, now 3" in capsys.readouterr().err
+    assert json.loads((runs[0].parent / "config.json").read_text())["epochs"] == 2
     assert call(benchmark, "--table", "--output", tmp_path / "nothing") == 2
+    (runs[0].parent / "metrics.json").write_text("{")
+    assert call(benchmark, "--table", "--output", tmp_path) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 2 and "metrics.json: not the metrics of a run" in err[1]
+
+
+def test_runs_are_told_apart_by_their_seed_not_their_place(tmp_path):
+    metrics = {"test": {"rows": 3, "mae": 1.0}, "val_mae": 1.0, "test_mae": 1.0, "unit": "eV", "best_epoch": 1}
+    metrics |= {"epochs": 1, "seconds": 1.0}
+    for method, seeds in (("theta0", (0, 2, 10)), ("scratch", (0, 1, 2, 10))):
+        for seed in seeds:
+            folder = tmp_path / method / "task" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(metrics | {"test_mae": float(seed)}))
+            (folder / "splits.json").write_text(json.dumps({"train": [1, 2]}))
+    found = benchmark.collect(tmp_path)
+    assert {m: list(seeds) for m, seeds in found["task"].items()} == {"theta0": [0, 2, 10], "scratch": [0, 1, 2, 10]}
+    rows = list(csv.DictReader(benchmark.runs_csv(found).splitlines()))
+    assert all(float(r["test_mae"]) == float(r["seed"]) for r in rows) and "(3 seeds)" in benchmark.table(found)
