@@ -262,6 +262,8 @@ def cached_folder(path, build) -> Path:
                 with whole_folder(path) as part:
                     build(part)
                     write_json(part / "sums.json", {p.name: checksum(p) for p in sorted(part.iterdir())})
+    except UserError:  # of build: about what it reads
+        raise
     except OSError as error:
         cure = "free space there, or name another folder with --cache or MOMA_CACHE"
         raise UserError(f"{path.parent}: the cache cannot be written ({error.strerror or error}); {cure}") from None
