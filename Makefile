@@ -79,7 +79,7 @@ demo_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(DEMO)/hub PRES
 
 demo: | $(VENV)/done
 	@echo "--- stage 0: theta_0, pre-trained on toy energies and forces"
-	@$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 14 --quiet" LAUNCH="env OMP_NUM_THREADS=2 $(PY)"
+	@$(demo_make) backbone SETS=demo_forcefield,demo_clusters PRETRAIN_ARGS="--epochs 14 --quiet"
 	@echo "--- stage 1: six full modules, then six adapter modules, two at a time"
 	@$(demo_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
 	@$(demo_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet

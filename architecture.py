@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from data import GraphConfig
-from files import UserError
+from files import UserError, short
 
 
 class Preset(NamedTuple):
@@ -179,9 +179,3 @@ def usual_range(name, kind):
     by_name |= {"emb_size": (2, 65536), "radial": (2, 65536)}  # initial weights have a variance
     found = [bounds for part, bounds in by_name.items() if part in name]
     return found[0] if found else (1, 65536) if kind is int else (0, 1e6)
-
-
-def short(value):
-    """A value or an error in one line of at most 60 letters."""
-    text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -96,7 +96,7 @@ def one_run(cfg, method, task, seed):
     say(cfg, f"--- {method}, {task}, seed {seed}")
     shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit, seed=seed,
                   split_seed=seed, split_file=f"{cfg.splits}/{task}/seed{seed}.json" if cfg.splits else "",
-                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet, resume=True)  # fmt: skip
+                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet)  # fmt: skip
     how = dict(init="backbone")
     if method.startswith("moma-"):
         how = dict(init=composed(cfg, method.removeprefix("moma-"), task, seed, shared)["output"])
@@ -107,7 +107,7 @@ def one_run(cfg, method, task, seed):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
     folder = Path(cfg.output) / method / task.lower() / f"seed{seed}"
-    finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder)))
+    finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder), resume=True))
 
 
 def composed(cfg, kind, task, seed, shared):

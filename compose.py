@@ -53,7 +53,6 @@ class Config(TaskConfig):
     neighbors: Positive = 5  # K (2.3)
     temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
     bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
-    resume: bool = False  # accepted as everywhere; what is embedded already is never computed again
     overwrite: bool = False  # replace the composed module that stands there
 
 

@@ -159,11 +159,6 @@ TASKS = {
     "demo_forcefield": _task("eV", "pretrain", "total energy and forces of a pair potential", n=3000, pooling="sum"),
     "demo_clusters": _task("eV", "pretrain", "the same for neutral clusters, not periodic", n=1500, pooling="sum"),
 }
-RELATED = {  # downstream task: hub tasks that the same physics decides, nearest first
-    "demo_refractive_index": ["demo_dielectric"],
-    "demo_optical_gap": ["demo_gap"],
-    "demo_heat_capacity": ["demo_phonon"],
-}
 
 
 # --------------------------------------------------------------------------------------------------------- the crystals

@@ -18,8 +18,10 @@ import zlib
 from pathlib import Path
 
 VERSION = "0.3.0"
-# Read when torch is loaded: threads that wait sleep, instead of taking the processor from other programs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded: a thread that waits for another spins so many turns, then sleeps. On a busy machine
+# libgomp's own 300,000 turns stop all progress, and sleeping at once is slow on a quiet one (tests/bench_threads.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 for package in ("numpy", "torch"):
     if importlib.util.find_spec(package) is None:
         sys.exit(f"{package} is not installed for {sys.executable}: run `make setup`, then .venv/bin/python FILE.py")
@@ -62,6 +64,14 @@ def read_json(path, form: str, cure: str = "write it again in that form", most: 
         if len(text) > most:
             raise UserError(f"{path}: larger than {most / 2**20:.0f} MiB, so not {form}")
         return json.loads(text)
+
+
+def short(value) -> str:
+    """A value or an error in one line of at most 60 letters; of a hash what a person compares."""
+    if isinstance(value, str) and len(value) == 64:
+        value = value[:12]
+    text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ---------------------------------------------------------------- writing

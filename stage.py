@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-from files import FULL, VERSION, UserError, check_name, read_json, reading, sweep, take_lock, write_json  # first: see OMP_WAIT_POLICY
+from files import FULL, VERSION, UserError, check_name, read_json, reading, short, sweep, take_lock, write_json  # first: before torch
 
 import torch
 import torch.distributed as dist
@@ -148,11 +148,6 @@ def flat(record, prefix="") -> dict:
     for k, v in record.items():
         found |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return found
-
-
-def short(value) -> str:
-    """As a person compares it: of a hash the beginning."""
-    return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)[:60]
 
 
 # ---------------------------------------------------------------- work folders

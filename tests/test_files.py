@@ -229,11 +229,12 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
 # ---------------------------------------------------------------- before torch is loaded
 
 
-def test_idle_threads_sleep_unless_the_user_says_otherwise():
-    code = "import files, os; print(os.environ['OMP_WAIT_POLICY'])"
-    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"PYTHONPATH": str(ROOT)}
-    run = lambda env: subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    assert run(env) == "PASSIVE" and run(env | {"OMP_WAIT_POLICY": "ACTIVE"}) == "ACTIVE"
+@pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(given, spins):
+    code = "import files, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True)
+    assert done.stdout.strip() == str(spins)
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()))
