@@ -146,7 +146,8 @@ def table(found):
     """Test MAE, mean ± standard deviation over the seeds, as Markdown; the lowest of a row in bold. minutes: all runs."""
     methods = [m for m in METHODS if any(m in runs for runs in found.values())]
     published = any(task in PUBLISHED for task in found)
-    head = ["test MAE (unit)", "rows, train / test", *methods, "minutes"] + ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
+    head = ["test MAE (unit)", "rows, train / test", *methods, "minutes"]
+    head += ["paper: CGCNN, MoE-(18), JMP-FT, MoMa"] * published
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for task, runs in found.items():
         some = next(r for seeds in runs.values() for r in seeds.values())

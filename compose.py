@@ -18,10 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from files import (VERSION, MissingError, UserError, cache_folder, cached_folder, new_array, png, read_json, write_atomic,
+from files import (MissingError, UserError, cache_folder, cached_folder, new_array, png, read_json, write_atomic,
                    write_json, write_skipped)
-from stage import (Above, Positive, TaskConfig, Whole, claim, main, pick_device, prepare, rests_on, run_name, say, silent,
-                   start, work_folder)
+from stage import (Above, Positive, TaskConfig, Whole, claim, main, pick_device, prepare, rests_on, run_name, say,
+                   silent, start, work_folder)
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from crystals import find_source
 from data import to_device
 from model import Adapters, build_backbone, pool
 from tasks import get_task, task_names, unit_of
-from train_module import Features, encode, finished, loader, plan_batches, read_graphs
+from train_module import Features, encode, finished, label_card, loader, plan_batches, read_graphs
 
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
@@ -302,7 +302,8 @@ def make_embed(cfg, card, dataset, rows):
         features = Features(x, numbers)
         for i in range(0, len(rows), cfg.batch_size):
             batch = to_device(features.read(np.arange(i, min(i + cfg.batch_size, len(rows)))), device)
-            X[i : i + cfg.batch_size] = pool(net.readout(batch["features"], adapters), batch, "mean").float().cpu().numpy()
+            mean = pool(net.readout(batch["features"], adapters), batch, "mean")
+            X[i : i + cfg.batch_size] = mean.float().cpu().numpy()
 
     fill = {"full": full, "adapter": adapter}[kind]
     return lambda key, load: cached(cfg, [key, settings], lambda new: fill(load(), new))
@@ -333,13 +334,11 @@ def run(cfg):
     record = {"modules": {name: card["tensors_sha256"] for name, card in cards.items()}, **rests_on(crystals, splits)}
     record |= {k: getattr(cfg, k) for k in ("select", "neighbors", "temperature", "bootstrap", "seed")}
     if finished(cfg, output, record, "give another --output, or --overwrite"):
-        result = read_json(output / "composition.json", "the report of a composition")
-        print(report(result), output, sep="\n")
-        return result | {"output": str(output)}
+        return show(cfg, read_json(output / "composition.json", "the report of a composition"), output)
     card = new_card(cfg, cards, crystals, splits, record)
     hub.check_card(card, output)
     folder = work_folder(output)
-    claim(folder, given)
+    claim(folder, given, record)
     write_skipped(folder / "skipped.csv", crystals.skipped)
 
     g_D, w, result = compose_for(cfg, cards, crystals, dataset, splits["train"])
@@ -348,7 +347,17 @@ def run(cfg):
     card["seconds"] = round(time.monotonic() - began, 1)
     files = {"composition.json": result, "weights.png": draw_weights(result)}
     hub.save(output, g_D, card, extra=files, overwrite=cfg.overwrite)
-    print(report(result), f"{output}, weights in {output / 'weights.png'}", sep="\n")
+    return show(cfg, result, output)
+
+
+def show(cfg, result, output):
+    """Print the report, with --quiet its last line. Returns it with the folder."""
+    if not cfg.quiet:
+        print(report(result))
+    names = {"mixture": "mixture", "composed": "composed module", "best_single": "best module", "theta_0": "theta_0"}
+    errors = {name: result["errors"][k] for k, name in names.items()}
+    found = ", ".join(f"{name} {e:.3f}" for name, e in errors.items() if e is not None)
+    print(f"{output}: leave-one-out error {found}")
     return result | {"output": str(output)}
 
 
@@ -437,13 +446,11 @@ def notes(cfg, cards, crystals, D):
 
 def new_card(cfg, cards, crystals, splits, record):
     """What is known of the composed module before it is composed. cards: those of the modules to choose from."""
-    task, some = crystals.task, next(iter(cards.values()))
+    some, rows = next(iter(cards.values())), {k: len(v) for k, v in splits.items()}
     return {
-        **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")}, "version": VERSION, "record": record,
-        "property": task.name, "unit": unit_of(task), "physical_unit": task.unit, "transform": task.transform,
-        "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
-        "rows_used": len(splits["train"]), "rows_skipped": len(crystals.skipped), "seed": cfg.seed,
-        "split_seed": cfg.split_seed, "split": {"file": Path(cfg.split_file).name, **{k: len(v) for k, v in splits.items()}},
+        **{k: some[k] for k in ("kind", "architecture", "graph", "backbone_sha256")}, "record": record,
+        **label_card(crystals), "rows_used": rows["train"], "seed": cfg.seed, "split_seed": cfg.split_seed,
+        "split": {"file": Path(cfg.split_file).name, **rows},
         "training": {"composed": cfg.select, "neighbors": cfg.neighbors, "temperature": cfg.temperature},
     }  # fmt: skip
 
@@ -511,8 +518,9 @@ def report(r):
     unit = r["unit"] or "units of the label"
     lines.append(f"{'leave-one-out error':<{wide + 18}}  MSE/variance   RMSE, {unit}")
     said = {"mixture": "mixture of predictions", "composed": "composed module", "amc": "AMC's own mixture"}
-    said |= {"best_single": f"best module, {r['best_single']}", "uniform": "mixture of all alike", "theta_0": "theta_0"}
-    for k, text in {**said, "mean": "predicting the mean"}.items():
+    said |= {"best_single": f"best module, {r['best_single']}", "uniform": "mixture of all alike"}
+    said |= {"theta_0": "theta_0", "mean": "predicting the mean"}
+    for k, text in said.items():
         e = r["errors"][k]
         if e is not None and (k != "amc" or r["select"] != "amc"):
             lines.append(f"  {text:<{wide + 16}}  {e:12.3f}   {e**0.5 * r['label_std']:.4g}")

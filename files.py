@@ -78,9 +78,10 @@ def short(value) -> str:
 
 
 def check_name(name: str, where: str):
-    """Names of modules and runs are names of folders: the same on every file system, and none leads elsewhere."""
+    """Names of modules and runs are names of folders: alike on every file system, and none leads elsewhere."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name) or ".." in name:
-        raise UserError(f"{where}: {name!r} is no name for a folder; use a-z 0-9 . _ - only, a letter or digit first, no '..'")
+        cure = "use a-z 0-9 . _ - only, a letter or digit first, no '..'"
+        raise UserError(f"{where}: {name!r} is no name for a folder; {cure}")
 
 
 class _Remember:
@@ -194,7 +195,8 @@ def whole_folder(path, replace: bool = False):
                 os.rename(path, aside)
             os.rename(part, path)  # fails where another process was quicker: its folder has files
         except OSError as error:
-            raise UserError(f"{path}: could not be put in place ({error.strerror}); is another process saving it?") from None
+            why = f"({error.strerror}); is another process saving it?"
+            raise UserError(f"{path}: could not be put in place {why}") from None
         finally:
             recover(path)
         sync(path.parent)
@@ -214,7 +216,7 @@ def recover(path):
 
 
 def leftover(path) -> bool:
-    """Whether a hidden file or folder named .NAME.PROCESS.tmp, .part or .old is one of ours whose process has ended."""
+    """Whether .NAME.PROCESS.tmp, .part or .old, a file or folder, is one of ours whose process has ended."""
     found = re.fullmatch(r"\..+\.(\d+)\.(tmp|part|old)", path.name)
     if not found:
         return False

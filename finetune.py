@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 from files import MissingError, UserError, csv_text, png, read_json, recover
-from stage import (Positive, Seed, Whole, barrier, claim, compare, main, prepare, rank, rests_on, run_name, start, work_folder,
-                   written_by)
+from stage import (Positive, Seed, Whole, barrier, claim, compare, main, prepare, rank, rests_on, run_name, start,
+                   work_folder, written_by)
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, re
 @dataclass
 class Config(TrainConfig):
     init: str = "composed"  # composed, backbone, scratch, a name in the hub, or a folder
-    train: Literal["all", "head", "new-head", "interactions"] = "all"  # what trains; interactions: these blocks and the head
+    train: Literal["all", "head", "new-head", "interactions"] = "all"  # interactions: these blocks and the head
     output: str = ""  # folder of the result [runs/TASK]
     kind: Literal["full", "adapter"] = "full"  # with --init backbone; a module has its own
     preset: str = ""  # with --init scratch [the hub's, or small]
@@ -70,7 +70,8 @@ def run(cfg):
         cure = "fine-tune on those, or compose again for these"
         compare(rests_of(origin.card["record"], rests), rests, f"{path} was composed on other rows or labels", cure)
     start_sha = origin.card.get("tensors_sha256") or json.dumps(arch, sort_keys=True)
-    record = {"init": start_sha, "kind": cfg.kind, "train": cfg.train, **rests} | {k: getattr(cfg, k) for k in SETTINGS}
+    record = {"init": start_sha, "kind": cfg.kind, "train": cfg.train, **rests}
+    record |= {k: getattr(cfg, k) for k in SETTINGS}
     if finished(cfg, target, record, "give another --output, or --overwrite"):
         return read_json(target / "metrics.json", "the metrics of a run")
 
@@ -86,8 +87,8 @@ def run(cfg):
         card |= {"parents": [{k: origin.card[k] for k in ("name", "tensors_sha256")}], "weights": [1.0]}
     hub.check_card(card, target, hub.MODEL)
     folder = work_folder(target)
-    claim(folder, given)
-    result, errors = train(cfg, folder, model, crystals, dataset, splits, record)
+    claim(folder, given, record)
+    result, errors = train(cfg, folder, model, crystals, dataset, splits)
     if rank() == 0:
         card |= results(result, errors)
         write(cfg, target, model, card, result, crystals, splits, errors)
@@ -151,7 +152,8 @@ def start_from(cfg, path):
     card = hub.read_card(path)
     for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
         if wanted and wanted != card["architecture"][key]:
-            raise UserError(f"--{key} {wanted}: {path} is {card['architecture'][key]}; the flag is for --init scratch")
+            found = card["architecture"][key]
+            raise UserError(f"--{key} {wanted}: {path} is {found}; the flag is for --init scratch")
     kind = card["kind"] if card["kind"] in ("full", "adapter") else cfg.kind
     module = hub.load_module(path, cfg.hub, kind=kind)
     if cfg.train == "head" and module.head is None:
@@ -159,7 +161,8 @@ def start_from(cfg, path):
     if cfg.train == "interactions" and kind == "adapter":
         raise UserError("--train interactions: adapter modules never train them; use all, head or new-head")
     if cfg.train == "interactions" and not module.backbone.interactions:
-        raise UserError(f"--train interactions: {card['architecture']['backbone']} does not name its interaction blocks")
+        name = card["architecture"]["backbone"]
+        raise UserError(f"--train interactions: {name} does not name its interaction blocks")
     return SimpleNamespace(card=card, kind=kind, backbone=module.backbone, adapters=module.adapters, head=module.head)
 
 
@@ -185,7 +188,7 @@ def choose_trained(model, what):
 
 
 def scores(y, prediction, mean, unit):
-    """Errors of one split in the unit of y; null where they are undefined. mad: error of predicting the training mean."""
+    """Errors of one split in the unit of y, null where undefined. mad: error of predicting the training mean."""
     error, spread = np.abs(prediction - y), ((y - y.mean()) ** 2).sum()
     found = {"mae": error.mean(), "rmse": np.sqrt((error**2).mean()), "mad": np.abs(y - mean).mean()}
     found |= {"mad_mae": found["mad"] / found["mae"] if found["mae"] else None}

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from files import VERSION, MissingError, UserError, csv_text, recover, whole_folder, write_json, write_skipped, write_text
+from files import (VERSION, MissingError, UserError, csv_text, recover, whole_folder, write_json, write_skipped,
+                   write_text)
 from stage import CommonConfig, check_settings, main, pick_device, stage_of, written_by
 
 import numpy as np
@@ -93,7 +94,8 @@ def predict_all(models, crystals, cfg):
 
 def task_of(card, **fields):
     """The card's property as a task: unit and transform of its labels."""
-    return Task(card["property"], unit=physical_unit(card), transform=card["transform"], pooling=card["pooling"], **fields)
+    label = {"unit": physical_unit(card), "transform": card["transform"], "pooling": card["pooling"]}
+    return Task(card["property"], **label, **fields)
 
 
 def read_inputs(cfg, card, cache):
@@ -108,13 +110,19 @@ def read_inputs(cfg, card, cache):
     columns = {"structure_column": cfg.structure_column or "structure", "id_column": cfg.id_column}
     for path in cfg.inputs:
         try:
-            crystals = load_crystals(task_of(card, dataset=path, **columns), need_target=False, quiet=True, cache_dir=cache)
+            task = task_of(card, dataset=path, **columns)
+            crystals = load_crystals(task, need_target=False, quiet=True, cache_dir=cache)
             parts.append((path, crystals))
             skipped += [(path, *row) for row in crystals.skipped]
         except UserError as error:  # nothing in this input can be used; the others are predicted
             skipped.append((path, Path(path).stem, str(error)))
     count = Counter(i for path, c in parts for i in c.ids) + Counter(i for _, i, _ in skipped)
-    name = lambda path, i: i if max(count.values()) == 1 else f"{path}/{i}" if Path(path).is_dir() else path  # noqa: E731
+
+    def name(path, i):
+        if max(count.values()) == 1:
+            return i
+        return f"{path}/{i}" if Path(path).is_dir() else path
+
     skipped = [(name(path, i), reason) for path, i, reason in skipped]
     if not parts:
         raise UserError(f"nothing could be read: {skipped[0][0]}: {skipped[0][1]}")
@@ -137,8 +145,8 @@ def unique(ids):
 def warn_unseen(crystals, cards):
     """Name the crystals with elements that neither training nor fine-tuning has seen."""
     seen = set.intersection(*(set(card["elements"] or []) for card in cards))
-    unseen = {i: sorted(set(Z.tolist()) - seen) for i, Z in zip(crystals.ids, crystals.Z) if set(Z.tolist()) - seen}
-    if unseen:
+    unseen = {i: sorted(set(Z.tolist()) - seen) for i, Z in zip(crystals.ids, crystals.Z)}
+    if unseen := {i: elements for i, elements in unseen.items() if elements}:
         count = Counter(SYMBOLS[z] for elements in unseen.values() for z in elements)
         names = ", ".join(list(unseen)[:5]) + (", ..." if len(unseen) > 5 else "")
         which = ", ".join(f"{s} ({n})" for s, n in count.items())
@@ -171,7 +179,8 @@ def run(cfg):
         write_text(part / "predictions.csv", csv_text(head, rows))
         write_skipped(part / "skipped.csv", skipped)
         write_json(part / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
-    print(f"{output}/predictions.csv: {len(rows)} predictions of {card['property']}" + (f" in {unit}" if unit else ""))
+    of = card["property"] + (f" in {unit}" if unit else "")
+    print(f"{output}/predictions.csv: {len(rows)} predictions of {of}")
     lost = sum(not reason.startswith("file kind") for _, reason in skipped)  # a README among CIF files is no loss
     if skipped:
         first = f"{skipped[0][0]}: {skipped[0][1]}"

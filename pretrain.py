@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from files import VERSION, UserError, write_skipped
+from files import UserError, write_skipped
 from stage import (Above, CommonConfig, LearningRate, Range, Seed, Share, Whole, all_sum, barrier, claim,
                    first_process_first, hardware, main, pick_device, rank, say, start, work_folder)
 
@@ -27,11 +27,12 @@ import torch
 import hub
 from crystals import SYMBOLS, Crystals, count_reasons, load_crystals, subset
 from data import GraphConfig, GraphDataset, batch_indices, collate, to_device
-from model import BACKBONES, PretrainModel, build_backbone, fit_scale_factors, new_adapters, pool, preset, shapes_only, training_defaults
+from model import (BACKBONES, PretrainModel, build_backbone, fit_scale_factors, new_adapters, pool, preset,
+                   shapes_only, training_defaults)
 from tasks import get_task, unit_of
 from train_module import EPOCH_SEED, finished, fit, loader, set_checkpointing, tensors_of
 
-ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}  # in eV
+EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}
 
 
 @dataclass
@@ -79,33 +80,37 @@ def run(cfg):
     cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"])
     sets = load_sets(cfg, arch)
     record = {"sets": {s.name: s.crystals.fingerprint for s in sets.values()}, "architecture": arch}
-    record |= {k: getattr(cfg, k) for k in SETTINGS.split()}
-    resuming = cfg.resume and (folder / "last.pt").exists()
+    record |= {k: getattr(cfg, k) for k in SETTINGS}
     cure = "give another --hub, or --overwrite, after which every module has to be trained again"
-    if not resuming and (card := finished(cfg, target, record, cure)):
+    unfinished = (folder / "last.pt").exists()  # by --time-limit, which leaves a theta_0 too
+    if not unfinished and (card := finished(cfg, target, record, cure)):
         return card
     refuse_if_used(target, cfg)
 
     net = make_net(cfg, arch, sets)
     card = new_card(cfg, arch, sets, record)
     hub.check_card(card, target)
-    claim(folder, given)
+    claim(folder, given, record)
     net.to(pick_device(cfg.device))
     set_checkpointing(net.backbone, cfg)
     if rank() == 0:
-        write_skipped(folder / "skipped.csv", [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped])
+        skipped = [(f"{s.name}: {i}", why) for s in sets.values() for i, why in s.skipped]
+        write_skipped(folder / "skipped.csv", skipped)
     steps = cfg.epochs * len(plan_epoch(sets, cfg, 0))
     rate = partial(lr_factor, warmup=min(0.1, cfg.warmup_steps / steps), epochs=cfg.epochs)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    read = partial(read_batch, sets, cfg.edge_dropout)
     result = fit(
-        net, optimizer, partial(plan_epoch, sets, cfg), partial(loader, partial(read_batch, sets, cfg.edge_dropout), cfg=cfg),
-        partial(loss_of, sets), partial(validate, sets=sets, cfg=cfg), cfg, folder, record, rate, settled=cfg.epochs,
-        names=lambda batch: [sets[batch["task"]].crystals.ids[i] for i in batch["index"].tolist()], keep="last", until=began + 60 * cfg.time_limit if cfg.time_limit else math.inf,
+        net, optimizer, partial(loss_of, sets), partial(validate, sets=sets, cfg=cfg), cfg, folder,
+        plan=partial(plan_epoch, sets, cfg), load=partial(loader, read, cfg=cfg),
+        rate=rate, settled=cfg.epochs, keep="last", until=began + 60 * (cfg.time_limit or math.inf),
+        names=lambda batch: [sets[batch["task"]].crystals.ids[i] for i in batch["index"].tolist()],
     )  # fmt: skip
     errors = validate(net, sets, cfg)
     if rank() == 0:
         refuse_if_used(target, cfg)  # modules may have been trained meanwhile
-        card |= {"seconds": result["seconds"], "training": card["training"] | training_of(sets, errors, result["step"])}
+        card["training"] |= training_of(sets, errors, result["step"])
+        card["seconds"] = result["seconds"]
         plain = build_backbone(card["architecture"])  # without the force branch, which has served
         tensors = {k: v for k, v in tensors_of(net.backbone).items() if k in plain.state_dict()}
         adapters = tensors_of(new_adapters(plain, cfg.seed))
@@ -119,12 +124,13 @@ def run(cfg):
     return hub.read_card(target)
 
 
-SETTINGS = ("seed split_seed val_fraction epochs batch_size max_atoms lr weight_decay warmup_steps clip ema edge_dropout "
-            "force_weight temperature max_force max_energy bf16")  # fmt: skip
+SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_atoms", "lr", "weight_decay",
+            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "temperature", "max_force", "max_energy",
+            "bf16")  # fmt: skip
 
 
 def refuse_if_used(target, cfg):
-    """Modules merge only when they start from the same theta_0, so one that modules start from is not replaced unasked."""
+    """Modules merge only when they start from one theta_0, so one that is in use is not replaced unasked."""
     if cfg.overwrite or not (target / "module.json").exists():
         return
     sha = hub.read_card(target)["tensors_sha256"]
@@ -164,14 +170,14 @@ def new_card(cfg, arch, sets, record):
     fingerprints = " ".join(s.crystals.fingerprint for s in sets.values())
     return {
         "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": "energies and forces",
-        "version": VERSION, "record": record, "dataset": ", ".join(sets),
+        "record": record, "dataset": ", ".join(sets),
         "dataset_fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
         "rows_used": sum(len(s.crystals) for s in sets.values()),
         "rows_skipped": sum(len(s.skipped) for s in sets.values()),
         "elements": sorted({int(z) for s in sets.values() for i in s.train for z in s.crystals.Z[i]}),
         "seed": cfg.seed, "split_seed": cfg.split_seed,
         "split": {k: sum(len(getattr(s, k)) for s in sets.values()) for k in ("train", "val")},
-        "training": {k: getattr(cfg, k) for k in SETTINGS.split()}, "hardware": hardware(cfg), "license_code": "MIT",
+        "training": {k: getattr(cfg, k) for k in SETTINGS}, "hardware": hardware(cfg), "license_code": "MIT",
         "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})) or None,
         "parents": [], "weights": [],
     }  # fmt: skip
@@ -219,7 +225,7 @@ def loss_of(sets, net, batch):
 
 
 def structure_wise(error, batch):
-    """JMP's force loss: the norm of each atom's error (A, 3), its mean over a structure's atoms, then over structures."""
+    """JMP's force loss: norms of the atoms' errors (A, 3), their mean over a structure's atoms, then over structures."""
     return pool(torch.linalg.vector_norm(error, dim=1), batch, "mean").mean()
 
 
@@ -230,7 +236,8 @@ def validate(net, sets, cfg):
     device, errors = next(net.parameters()).device, {}
     for s in sets.values():
         sums = np.zeros(4)  # energy errors, structures, force errors, components
-        plan = [(rows, s.name, None) for rows in batch_indices(s.dataset.num_atoms, s.val, cfg.batch_size, cfg.max_atoms)]
+        batches = batch_indices(s.dataset.num_atoms, s.val, cfg.batch_size, cfg.max_atoms)
+        plan = [(rows, s.name, None) for rows in batches]
         for batch in loader(partial(read_batch, sets, 0.0), plan, cfg):
             if batch["share"]:
                 batch = to_device(batch, device)
@@ -300,7 +307,7 @@ def load_sets(cfg, arch):
     weights, sets, quiet = cfg.force_weight.split(","), {}, cfg.quiet or rank() > 0
     weights *= len(names) if len(weights) == 1 else 1
     if len(weights) != len(names) or not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*", w) for w in weights):
-        raise UserError(f"--force-weight {cfg.force_weight}: give one number, or one for each of the {len(names)} sets")
+        raise UserError(f"--force-weight {cfg.force_weight}: give one number, or one for each of {len(names)} sets")
     for text, weight in zip(names, weights, strict=True):
         task = find_task(text, cfg)
         if task.name in sets:
@@ -310,7 +317,8 @@ def load_sets(cfg, arch):
             if shapes_only(with_force_branch(arch)).edge_width is None:
                 crystals.forces = None  # a backbone without edge features learns from the energies alone
             s = normalise(task.name, crystals, cfg)
-            s.dataset, s.force_weight = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet), float(weight)
+            s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
+            s.force_weight = float(weight)
         sets[task.name] = s
     return sets
 
@@ -319,11 +327,13 @@ def find_task(text, cfg):
     """The task of a name or a file. Embedded force fields and extxyz files that have them keep forces in `forces`."""
     if "/" not in text and "." not in text:
         task = get_task(text, cfg.tasks, cfg.data)
-        return replace(task, forces_column="forces") if task.dataset.startswith("demo:") and task.role == "pretrain" else task
+        embedded = task.dataset.startswith("demo:") and task.role == "pretrain"
+        return replace(task, forces_column="forces") if embedded else task
     forces = ""
     if text.endswith(".extxyz") and Path(text).exists():
         with open(text) as f:
-            forces = "forces" if "forces:R:3" in f.readline() + f.readline() else ""  # the first frame's comment line
+            first = f.readline() + f.readline()  # of the first frame: number of atoms, comment
+        forces = "forces" if "forces:R:3" in first else ""
     return get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
 
 
@@ -340,12 +350,14 @@ def normalise(name, crystals, cfg):
     is_val[order[: max(1, round(cfg.val_fraction * len(N)))]] = True
     if crystals.forces is not None:
         keep = np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
-        skipped += [(crystals.ids[i], f"force above {cfg.max_force:g} eV/A (--max-force)") for i in np.flatnonzero(~keep)]
+        why = f"force above {cfg.max_force:g} eV/A (--max-force)"
+        skipped += [(crystals.ids[i], why) for i in np.flatnonzero(~keep)]
     if keep.any():
         _, residual = reference_residuals(crystals, energy, np.flatnonzero(keep))
         off = np.abs(residual - np.median(residual[keep]))
         far = keep & (off > cfg.max_energy * (np.quantile(off[keep], 0.9) / 1.645 + 1e-3))  # 1.645: for a Gaussian
-        skipped += [(crystals.ids[i], f"energy beyond {cfg.max_energy:g} spreads (--max-energy)") for i in np.flatnonzero(far)]
+        why = f"energy beyond {cfg.max_energy:g} spreads (--max-energy)"
+        skipped += [(crystals.ids[i], why) for i in np.flatnonzero(far)]
         keep &= ~far
     train = np.flatnonzero(keep & ~is_val)
     if len(train) < 2 or not (keep & is_val).any():
@@ -366,10 +378,11 @@ def normalise(name, crystals, cfg):
 def total_energies(name, crystals):
     """Labels -> total energies (M,) in eV; labels per atom are first multiplied by the number of atoms."""
     task = crystals.task
-    factor = ENERGY_UNITS.get(task.unit.removesuffix("/atom").removesuffix("/cell"))
+    factor = EV.get(task.unit.removesuffix("/atom").removesuffix("/cell"))
     if factor is None or task.transform != "none":
-        known = ", ".join(ENERGY_UNITS)
-        raise UserError(f"--sets {name}: label in {unit_of(task) or 'no unit'}, but pre-training needs energies ({known}, or /atom)")
+        known = ", ".join(EV)
+        found = unit_of(task) or "no unit"
+        raise UserError(f"--sets {name}: label in {found}, but pre-training needs energies ({known}, or /atom)")
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-from files import FULL, VERSION, UserError, check_name, read_json, reading, short, sweep, take_lock, write_json  # first: before torch
+from files import (FULL, VERSION, UserError, check_name, read_json, reading, short, sweep, take_lock,
+                   write_json)  # first: before torch
 
 import torch
 import torch.distributed as dist
@@ -160,8 +161,12 @@ def work_folder(result) -> Path:
     return Path(result).parent / ".runs" / Path(result).name
 
 
-def claim(folder, cfg):
-    """Make the work folder ours: new, empty or an earlier run's, and locked against a second run. Writes config.json."""
+def claim(folder, cfg, record):
+    """Make the work folder ours: new, empty or an earlier run's, and locked against a second run.
+
+    An unfinished run in it is gone on with (--resume) if its record is the same, or given up (--overwrite), or refused.
+    Then config.json is written: the settings as given, and the record.
+    """
     folder = Path(folder)
     if rank() > 0:
         return
@@ -175,9 +180,18 @@ def claim(folder, cfg):
         if lock is None:
             raise UserError(f"{folder}: another run is working here; wait for it, or name another output")
         LOCKS[folder.resolve()] = lock
+    last, resume = folder / "last.pt", getattr(cfg, "resume", False)
+    if last.exists() and resume:
+        old = read_json(folder / "config.json", "the settings of a run").get("record")
+        compare(old, record, folder, "--resume needs the same; --overwrite instead starts again")
+    elif last.exists() and not cfg.overwrite:
+        raise UserError(f"{folder}: holds an unfinished run; add --resume to go on, or --overwrite to start again")
+    elif last.exists():
+        last.unlink()
     for file in ("last.pt", "config.json", "history.csv", "skipped.csv"):
         sweep(folder / file)
-    write_json(folder / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
+    settings = {"stage": stage_of(cfg), "version": VERSION, "record": record, **asdict(cfg)}
+    write_json(folder / "config.json", settings)
     while LOG:
         LOG.pop().close()
     LOG.append(open(folder / "log.txt", "a", buffering=1))
@@ -196,19 +210,13 @@ def stage_of(cfg) -> str:
     return Path(inspect.getfile(cfg if isinstance(cfg, type) else type(cfg))).stem
 
 
-def last_state(folder, record, resume: bool, overwrite: bool):
-    """What last.pt of the work folder holds, or None to start anew. It must be of a run with the same record."""
+def last_state(folder, resume: bool):
+    """What last.pt of the work folder holds, if the run is to go on from it; else None."""
     last = Path(folder) / "last.pt"
-    if not last.exists() or overwrite and not resume:
+    if not resume or not last.exists():
         return None
-    if not resume:
-        raise UserError(f"{folder}: holds an unfinished run; add --resume to go on, or --overwrite to start again")
-    again = "--overwrite instead of --resume starts again"
-    with reading(last, "the state of a run", again):
-        saved = torch.load(last, map_location="cpu", weights_only=True)
-        old = saved["record"]
-    compare(old, record, folder, f"--resume needs the same; {again}")
-    return saved
+    with reading(last, "the state of a run", "--overwrite instead of --resume starts again"):
+        return torch.load(last, map_location="cpu", weights_only=True)
 
 
 def say(cfg, line):
@@ -354,16 +362,20 @@ def parse(Config, doc, argv=None):
         if kind is list:
             p.add_argument(f.name, nargs="*", help=note)
         elif kind is tuple:
-            p.add_argument(flag(f.name), action="append", metavar=f.name.upper(), help=f"{note} (may be given again)")
+            note = f"{note} (may be given again)"
+            p.add_argument(flag(f.name), action="append", metavar=f.name.upper(), help=note)
         elif kind is bool:
             p.add_argument(flag(f.name), action="store_true", default=f.default, help=note)
             p.add_argument(flag(f"no_{f.name}"), action="store_false", dest=f.name, help=argparse.SUPPRESS)
         else:
             shape = "|".join(c for c in choices if c) if choices else f.name.split("_")[-1].upper()
-            note = note if f.default in ("", None) else f"{note} [{f.default:g}]" if kind is float else f"{note} [{f.default}]"
-            p.add_argument(flag(f.name), default=f.default, type=kind, choices=choices or None, metavar=shape, help=note.strip())
+            if f.default not in ("", None):
+                note = f"{note} [{f.default:g}]" if kind is float else f"{note} [{f.default}]"
+            how = {"type": kind, "choices": choices or None, "metavar": shape, "help": note.strip()}
+            p.add_argument(flag(f.name), default=f.default, **how)
     p.add_argument("--help", "-h", action="help", help="show this and exit")
-    p.add_argument("--version", action="version", version=f"MoMa {VERSION} (torch {torch.__version__})", help="and exit")
+    release = f"MoMa {VERSION} (torch {torch.__version__})"
+    p.add_argument("--version", action="version", version=release, help="show it and exit")
     argv = sys.argv[1:] if argv is None else argv
     argv = [flag(a[2:].split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
     given, file = p.parse_args(argv), {}
@@ -380,7 +392,8 @@ def parse(Config, doc, argv=None):
 
 def own_first(Config) -> list:
     """Task and data, then the fields of the stage itself, then those that it shares with others."""
-    place = {name: i for i, c in reversed([*enumerate(Config.__mro__[:-1])]) for name in inspect.get_annotations(c)}
+    classes = reversed([*enumerate(Config.__mro__[:-1])])
+    place = {name: i for i, c in classes for name in inspect.get_annotations(c)}
     return sorted(fields(Config), key=lambda f: (f.name not in ("task", "data"), place[f.name]))
 
 
@@ -391,7 +404,8 @@ def read_config(path, Config, hints) -> dict:
         raise UserError(f"--config {path}: not a JSON object; give the config.json of a run")
     if found.pop("stage", stage_of(Config)) != stage_of(Config):
         raise UserError(f"--config {path}: written by another command, not by {stage_of(Config)}.py")
-    found.pop("version", None)
+    for k in ("version", "record"):
+        found.pop(k, None)
     defaults = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
     for k, v in found.items():
         if k not in hints:

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from files import VERSION, UserError, csv_text, new_array, recover, write_atomic, write_skipped, write_text
-from stage import (Above, LearningRate, Positive, Share, TaskConfig, Whole, all_sum, autocast, barrier, claim, compare,
-                   hardware, last_state, main, number, pick_device, prepare, rank, reduce_gradients, rests_on, say, silent,
-                   start, work_folder, world)
+from files import UserError, csv_text, new_array, recover, write_atomic, write_skipped, write_text
+from stage import (Above, LearningRate, Positive, Share, TaskConfig, Whole, all_sum, autocast, barrier, claim,
+                   compare, hardware, last_state, main, number, pick_device, prepare, rank, reduce_gradients,
+                   rests_on, say, silent, start, work_folder, world)
 
 import numpy as np
 import torch
@@ -84,12 +84,13 @@ def run(cfg):
     card = new_card(cfg, theta_0.card, crystals, splits, record)
     hub.check_card(card, target)  # what would be refused when it is saved is refused now
     folder = work_folder(target)
-    claim(folder, given)
-    result, errors = train(cfg, folder, model, crystals, dataset, splits, record)
+    claim(folder, given, record)
+    result, errors = train(cfg, folder, model, crystals, dataset, splits)
     if rank() == 0:
         card |= results(result, errors)
         module = theta_0.adapters or theta_0.backbone
-        hub.save(target, tensors_of(module), card, tensors_of(model.head), history=result["history"], overwrite=cfg.overwrite)
+        hub.save(target, tensors_of(module), card, tensors_of(model.head), history=result["history"],
+                 overwrite=cfg.overwrite)  # fmt: skip
         write_skipped(folder / "skipped.csv", crystals.skipped)
         (folder / "last.pt").unlink(missing_ok=True)  # the module stands: nothing to resume
         found = ", ".join(f"{k.replace('_', ' ')} {number(card[k])}" for k in ("val_mae", "test_mae", "mad"))
@@ -120,23 +121,32 @@ def new_head(backbone, adapters, pooling, seed):
 
 
 def new_card(cfg, origin, crystals, splits, record):
-    """What is known before training; hub.save adds hashes and signature. origin: the card of what training starts from.
+    """The card as known before training; hub.save adds hashes and signature. origin: the card of what it starts from.
 
     No paths, row ids or labels: a module may be shared when its data may not.
     """
-    task, arch = crystals.task, origin["architecture"]
+    arch = origin["architecture"]
     seen = {int(z) for i in splits["train"] for z in crystals.Z[i]} | set(origin.get("elements") or [])
     own = {int(z) for i in splits["train"] for z in crystals.Z[i]}
     return {
-        "kind": cfg.kind, "architecture": arch, "graph": arch["graph"], "version": VERSION, "record": record,
+        "kind": cfg.kind, "architecture": arch, "graph": arch["graph"], "record": record,
         "backbone_sha256": origin.get("backbone_sha256") or origin.get("tensors_sha256"),
-        "property": task.name, "unit": unit_of(task), "physical_unit": task.unit, "transform": task.transform,
-        "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
-        "rows_used": len(crystals.y), "rows_skipped": len(crystals.skipped),
+        **label_card(crystals), "rows_used": len(crystals.y),
         "elements": sorted(own if origin.get("kind") == hub.BACKBONE else seen),
         "seed": cfg.seed, "split_seed": cfg.split_seed, "split": {k: len(v) for k, v in splits.items()},
         "training": {k: getattr(cfg, k) for k in SETTINGS}, "license_code": "MIT",
-        "license_weights": origin.get("license_weights"), "license_data": task.license or None, "hardware": hardware(cfg),
+        "license_weights": origin.get("license_weights"), "license_data": crystals.task.license or None,
+        "hardware": hardware(cfg),
+    }  # fmt: skip
+
+
+def label_card(crystals):
+    """The card's fields on the labels, and on the data that they come from."""
+    task = crystals.task
+    return {
+        "property": task.name, "unit": unit_of(task), "physical_unit": task.unit, "transform": task.transform,
+        "pooling": task.pooling, "dataset": Path(task.dataset).name, "dataset_fingerprint": crystals.fingerprint,
+        "rows_skipped": len(crystals.skipped),
     }  # fmt: skip
 
 
@@ -147,7 +157,7 @@ def results(result, errors):
         "epochs_run": result["epochs"], "best_epoch": result["best_epoch"]}  # fmt: skip
 
 
-def train(cfg, folder, model, crystals, dataset, splits, record):
+def train(cfg, folder, model, crystals, dataset, splits):
     """Fit what requires a gradient in `model` to the task. A frozen backbone encodes the data once.
 
     Returns what `fit` found and, in the first process, {split: (positions, y, prediction)}.
@@ -177,9 +187,12 @@ def train(cfg, folder, model, crystals, dataset, splits, record):
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, amsgrad=True)
-    result = fit(model, optimizer, partial(batches, "train"), partial(loader, read, cfg=cfg), loss, validate, cfg, folder,
-                 record, rate=partial(lr_factor, epochs=cfg.epochs), settled=min(COSINE, cfg.epochs),
-                 names=lambda batch: [crystals.ids[i] for i in batch["index"].tolist()], unit=unit_of(crystals.task))  # fmt: skip
+    result = fit(
+        model, optimizer, loss, validate, cfg, folder, unit=unit_of(crystals.task),
+        plan=partial(batches, "train"), load=partial(loader, read, cfg=cfg),
+        rate=partial(lr_factor, epochs=cfg.epochs), settled=min(COSINE, cfg.epochs),
+        names=lambda batch: [crystals.ids[i] for i in batch["index"].tolist()],
+    )  # fmt: skip
     errors = {}
     if rank() == 0:
         for name in ("val", "test"):
@@ -206,16 +219,16 @@ def set_checkpointing(backbone, cfg):
 # ---------------------------------------------------------------- the loop
 
 
-def fit(model, optimizer, plan, load, loss, validate, cfg, folder, record, rate, settled, names=None, unit="",
+def fit(model, optimizer, loss, validate, cfg, folder, *, plan, load, rate, settled, names=None, unit="",
         keep="best", until=math.inf):  # fmt: skip
     """Train what requires a gradient; leave the best averaged weights (keep="last": the last ones) in `model`.
 
-    plan(epoch): the epoch's batches, a list; load(part of it): yields them, each with "share", the part of it that this
-    process has. loss(model, batch): of the share. validate(model): {column: error}, the first decides what is best.
+    loss(model, batch): of this process's share. validate(model): {column: error}, the first decides what is best.
+    folder: the work folder, for last.pt and history.csv.
+    plan(epoch): the epoch's batches, a list. load(part of it): yields them, each with its "share" in this process.
     rate(epoch): factor on cfg.lr after so many epochs, fractional, up to `settled`; then a tenth on every plateau.
-    until: time.monotonic() at which to save and stop. record: what the run rests on; last.pt of another is refused.
-    names(batch): of its crystals, for errors. Returns {"best", "best_epoch", "epochs", "step", "seconds", "history"
-    (CSV text), "stopped"}.
+    names(batch): of its crystals, for errors. until: time.monotonic() at which to save and stop.
+    Returns {"best", "best_epoch", "epochs", "step", "seconds", "history" (CSV text), "stopped"}.
     """
     params = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
     frozen = {k for k, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -230,7 +243,7 @@ def fit(model, optimizer, plan, load, loss, validate, cfg, folder, record, rate,
 
     ema, best = AveragedModel(params, multi_avg_fn=average), clone(live)
     ema.update_parameters(params)  # the first time copies
-    if saved := last_state(folder, record, cfg.resume, cfg.overwrite):
+    if saved := last_state(folder, cfg.resume):
         state = saved["state"]
         copy_(live, saved["model"])
         copy_(best, saved["best"])
@@ -259,7 +272,7 @@ def fit(model, optimizer, plan, load, loss, validate, cfg, folder, record, rate,
         tick()
         if rank() == 0:
             parts = {"model": live, "best": best, "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            parts |= {"plateau": plateau.state_dict(), "state": state, "record": record}
+            parts |= {"plateau": plateau.state_dict(), "state": state}
             write_atomic(Path(folder) / "last.pt", lambda f: torch.save(parts, f))
         took, written, due = time.monotonic() - clock, time.monotonic(), False
 
@@ -286,8 +299,9 @@ def fit(model, optimizer, plan, load, loss, validate, cfg, folder, record, rate,
         read_waiting(left=0)
         if state["done"] < len(todo):
             break
-        for b in model.buffers() if world() > 1 else ():  # batch norm: every process goes on with those of the first
-            dist.broadcast(b, 0)
+        if world() > 1:
+            for b in model.buffers():  # batch norm: every process goes on with those of the first
+                dist.broadcast(b, 0)
 
         with averaged(params, ema):
             errors = validate(model)
@@ -352,7 +366,7 @@ def train_mode(model):
 
 
 def train_step(model, params, batch, loss, cfg):
-    """Gradient of the batch's loss, over all processes, clipped. Returns (loss, norm of the gradient) for `read_loss`."""
+    """Gradient of the batch's loss, over all processes, clipped. Returns (loss, norm) for `read_loss`."""
     for p in params:
         p.grad = None
     value = params[0].new_zeros(())
@@ -371,8 +385,8 @@ def read_loss(result, batch, where, names=None, wishes=()):
     loss, norm = result.tolist()
     loss, *wishes = all_sum([loss, *wishes])
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        where_from = "another process" if not batch["share"] else ", ".join(names(batch)) if names else "this step"
-        raise UserError(f"{where}: the loss is not finite for the batch of {where_from}; look at these or lower --lr")
+        of = ", ".join(names(batch)) if names and batch["share"] else "another process"
+        raise UserError(f"{where}: the loss is not finite for the batch of {of}; look at these or lower --lr")
     return loss, *wishes
 
 
@@ -430,7 +444,7 @@ def read_graphs(dataset, rows):
 
 
 class Features:
-    """What adapters read in place of graphs: the frozen backbone's atom features x (A, L, C) of crystals, in one array."""
+    """What adapters read in place of graphs: the frozen backbone's atom features of crystals, x (A, L, C)."""
 
     def __init__(self, x, num_atoms, y=None):
         self.x, self.y, self.num_atoms = x, y, np.asarray(num_atoms)

@@ -441,7 +441,7 @@ def test_a_composition_made_with_the_same_settings_is_kept_and_others_are_refuse
     first = compose.run(cfg)
     monkeypatch.setattr(compose, "compose", None)
     capsys.readouterr()
-    assert compose.run(cfg) == first and "mixture of predictions" in capsys.readouterr().out
+    assert compose.run(cfg) == first and "leave-one-out error mixture" in capsys.readouterr().out
     for changes, words in [
         (dict(few_shot=10), "--rows.train 28, now 10"), (dict(split_seed=1), "--content.train"),
         (dict(neighbors=3), "--neighbors 5, now 3"), (dict(modules="a,b"), "--modules.c '.*', now None"),

@@ -244,6 +244,8 @@ def test_a_time_limit_writes_the_backbone_and_resume_finishes_it(tmp_path):
     whole = pretrain.run(config(tmp_path / "a", epochs=1))
     early = pretrain.run(config(tmp_path / "b", epochs=1, time_limit=1e-9))
     assert early["training"]["steps"] < whole["training"]["steps"]
+    with pytest.raises(UserError, match="unfinished run; add --resume"):
+        pretrain.run(config(tmp_path / "b", epochs=1))
     late = pretrain.run(config(tmp_path / "b", epochs=1, resume=True))
     assert late["tensors_sha256"] == whole["tensors_sha256"] != early["tensors_sha256"]
 

@@ -34,6 +34,8 @@ class Settings:
     lr: Annotated[float, Range(0, 1)] = 0.5
     limit: Annotated[int, Range(0)] | None = None  # rows
     model: tuple = ()  # folder
+    resume: bool = False
+    overwrite: bool = False
     quiet: bool = False
     config: str = ""
 
@@ -43,7 +45,7 @@ DOC = "Do a thing.\n\n    python thing.py --task a\n\nMore words."
 
 def test_flags_come_from_the_fields_with_hyphens_or_underscores():
     cfg = parse(Settings, DOC, ["--task", "b_c", "--batch_size=8", "--quiet", "--lr", "1e-3", "--limit", "0"])
-    assert cfg == Settings("b_c", "full", 8, 1e-3, 0, (), True)
+    assert cfg == Settings("b_c", "full", 8, 1e-3, 0, (), quiet=True)
     assert parse(Settings, DOC, ["--batch-size", "9", "--no-quiet"]).batch_size == 9
     assert parse(Settings, DOC, []).limit is None
     assert parse(Settings, DOC, ["--model", "a", "--model", "b"]).model == ("a", "b")
@@ -119,7 +121,7 @@ def test_exit_codes_and_one_line_errors(capsys, tmp_path):
         raise OSError(28, "No space left on device", "a/last.pt")
 
     code, err = exit_of(interrupted, [], capsys)
-    assert code == 130 and "--resume" not in err  # this command has no such flag
+    assert code == 130 and "--resume" in err
     assert exit_of(full_disk, [], capsys) == (2, f"{os.path.basename(sys.argv[0])}: a/last.pt: No space left on device; "
                                                  "free space there, what stood there is unchanged")  # fmt: skip
     for bug in (ValueError, KeyError, OSError):  # a bug keeps its traceback
@@ -159,8 +161,8 @@ def test_hashes_that_differ_only_at_the_end_differ():
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    claim(tmp_path / "run", Settings())
-    other = f"import stage; from test_stage import Settings; stage.claim({str(tmp_path / 'run')!r}, Settings())"
+    claim(tmp_path / "run", Settings(), {})
+    other = f"import stage; from test_stage import Settings; stage.claim({str(tmp_path / 'run')!r}, Settings(), {{}})"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     result = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, env=env)
     assert result.returncode and "another run is working here" in result.stderr
@@ -169,36 +171,39 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
 def test_only_folders_that_are_new_empty_or_ours_are_worked_in(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new/deep", "empty", "empty"):
-        claim(tmp_path / name, Settings())
+        claim(tmp_path / name, Settings(), {})
     assert json.loads((tmp_path / "empty/config.json").read_text())["stage"] == "test_stage"
     for name, content in (("notes.tmp", "mine"), ("config.json", '{"theirs": 1}'), ("config.json", "[")):
         folder = tmp_path / f"foreign{len(content)}"
         folder.mkdir()
         (folder / name).write_text(content)
         with pytest.raises(UserError, match="holds files that no run has written"):
-            claim(folder, Settings())
+            claim(folder, Settings(), {})
         assert [p.read_text() for p in folder.iterdir()] == [content]
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="not a folder"):
-        claim(tmp_path / "file", Settings())
+        claim(tmp_path / "file", Settings(), {})
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
-    record = {"lr": 0.5}
-    assert last_state(tmp_path, record, resume=True, overwrite=False) is None
-    torch.save({"record": record, "state": 1}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="--resume"):
-        last_state(tmp_path, record, resume=False, overwrite=False)
-    with pytest.raises(UserError, match="--lr 0.5, now 0.1"):
-        last_state(tmp_path, {"lr": 0.1}, resume=True, overwrite=False)
-    assert last_state(tmp_path, record, resume=True, overwrite=False)["state"] == 1
-    assert last_state(tmp_path, {"lr": 0.1}, resume=False, overwrite=True) is None
+    claim(tmp_path, Settings(), {"lr": 0.5})
+    torch.save({"state": 1}, tmp_path / "last.pt")
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match="add --resume"):
+        claim(tmp_path, Settings(), {"lr": 0.5})
+    with pytest.raises(UserError, match="--lr 0.5, now 0.1; --resume needs the same"):
+        claim(tmp_path, Settings(resume=True), {"lr": 0.1})
+    assert (tmp_path / "config.json").read_text() == before  # what was refused has changed nothing
+    claim(tmp_path, Settings(resume=True, quiet=True), {"lr": 0.5})
+    assert last_state(tmp_path, resume=True)["state"] == 1 and last_state(tmp_path, resume=False) is None
+    claim(tmp_path, Settings(overwrite=True), {"lr": 0.1})
+    assert last_state(tmp_path, resume=True) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"half", None])
 def test_a_damaged_state_is_one_line(tmp_path, content):
-    torch.save({"record": {}, "x": torch.zeros(1000)}, tmp_path / "last.pt")
+    torch.save({"x": torch.zeros(1000)}, tmp_path / "last.pt")
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(UserError, match="last.pt: not the state of a run .*--overwrite"):
-        last_state(tmp_path, {}, resume=True, overwrite=False)
+        last_state(tmp_path, resume=True)

@@ -86,7 +86,8 @@ def fit_line(folder, y=Y, stop_after=None, validate=None, settled=None, **change
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, amsgrad=True)
     rate, settled = partial(tm.lr_factor, epochs=cfg.epochs), min(tm.COSINE, cfg.epochs) if settled is None else settled
     names = lambda batch: [f"row{i}" for i in batch["index"].tolist()]  # noqa: E731
-    result = tm.fit(model, optimizer, plan, load, loss, validate or error, cfg, folder, {"rows": 32}, rate, settled, names)
+    how = dict(plan=plan, load=load, rate=rate, settled=settled, names=names)
+    result = tm.fit(model, optimizer, loss, validate or error, cfg, folder, **how)
     return model, result
 
 
