@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from files import VERSION, MissingError, UserError, csv_text, read_json, reading, write_json, write_text
-from stage import LearningRate, Positive, Whole, check_settings, main, say, stage_of
+from stage import LearningRate, Positive, Whole, check_settings, main, say, stage_of, written_by
 
 import numpy as np
 
@@ -23,6 +23,7 @@ import compose
 import finetune
 from tasks import get_task
 
+WRITES = ("config.json", "table.md", "runs.csv")
 METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn")
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
@@ -75,6 +76,9 @@ def run(cfg):
     output = Path(cfg.output)
     if not cfg.table:
         tasks = [get_task(task.strip(), cfg.tasks, cfg.data).name for task in cfg.task.split(",") if task.strip()]
+        foreign = [p.name for p in map(output.joinpath, WRITES) if p.exists() and written_by(output) != stage_of(cfg)]
+        if foreign:
+            raise UserError(f"--output {output}: holds a {foreign[0]} of another program; name another folder")
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
         for task in tasks:

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 from files import MissingError, UserError, csv_text, png, read_json, recover
-from stage import (Positive, Seed, Whole, barrier, claim, compare, main, prepare, rank, rests_on, run_name, start,
-                   work_folder, written_by)
+from stage import (Positive, Seed, Whole, barrier, claim, compare, main, number, prepare, rank, rests_on, run_name,
+                   start, work_folder, written_by)
 
 import numpy as np
 import torch
@@ -193,7 +193,8 @@ def scores(y, prediction, mean, unit):
     found = {"mae": error.mean(), "rmse": np.sqrt((error**2).mean()), "mad": np.abs(y - mean).mean()}
     found |= {"mad_mae": found["mad"] / found["mae"] if found["mae"] else None}
     found |= {"r2": 1 - (error**2).sum() / spread if spread else None}
-    return {k: None if v is None else float(v) for k, v in found.items()} | {"unit": unit, "rows": len(y)}
+    defined = {k: float(v) if v is not None and np.isfinite(v) else None for k, v in found.items()}
+    return defined | {"unit": unit, "rows": len(y)}
 
 
 def write(cfg, target, model, card, result, crystals, splits, errors):
@@ -224,8 +225,8 @@ def write(cfg, target, model, card, result, crystals, splits, errors):
 def sentence(metrics) -> str:
     """The errors of the test rows in words; what is undefined is left out."""
     test, physical = metrics["test"], metrics.get("test_physical")
-    mae = f"{test['mae']:.4g} {test['unit']}".strip()
-    parts = [f"{mae} = {physical['mae']:.4g} {physical['unit']}".strip() if physical else mae]
+    mae = f"{number(test['mae'])} {test['unit']}".strip()
+    parts = [f"{mae} = {number(physical['mae'])} {physical['unit']}".strip() if physical else mae]
     forms = {"mad_mae": "MAD:MAE {:.3g}", "r2": "R2 {:.3f}"}
     parts += [form.format(test[k]) for k, form in forms.items() if test[k] is not None]
     return ", ".join([*parts, f"{test['rows']} crystals"])
@@ -236,18 +237,20 @@ def draw_parity(task, errors, metrics) -> bytes:
     from matplotlib.figure import Figure
 
     y, prediction = (inverse(task, v) for v in errors[1:])
+    drawn = np.isfinite(prediction)  # the exponential of a prediction far off may not be
+    y, prediction = y[drawn], prediction[drawn]
     score = metrics.get("test_physical", metrics["test"])
     fig = Figure(figsize=(4.2, 4.2), layout="constrained")
     ax = fig.subplots()
-    ends = [min(y.min(), prediction.min()), max(y.max(), prediction.max())]
+    ends = [f([*y, *prediction], default=1) for f in (min, max)]
     ax.plot(ends, ends, color="#999999", linewidth=1)
     ax.scatter(y, prediction, s=14, color="#4878a8", alpha=0.8, linewidths=0)
     if task.transform in ("log", "log10"):
         ax.set(xscale="log", yscale="log")
     unit = f" ({task.unit})" if task.unit else ""
-    title = f"{task.name}, {score['rows']} test crystals: MAE {score['mae']:.4g} {task.unit}"
-    ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", title=title)
-    ax.title.set_fontsize(9)
+    title = f"{task.name}\n{score['rows']} test crystals, MAE {number(score['mae'])} {task.unit}"
+    ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", aspect="equal")
+    ax.set_title(title, fontsize=9)
     return png(fig)
 
 

@@ -159,6 +159,18 @@ def test_one_test_row_and_equal_test_labels_have_errors_and_no_r2(home, tmp_path
         assert test["r2"] is None and math.isfinite(test["mae"]) and test["rows"] == len(rows) - 17
 
 
+def test_errors_that_are_not_finite_are_null_and_the_plot_is_drawn(tmp_path):
+    from tasks import Task
+
+    task, y = Task("t", unit="eV", transform="log"), np.array([0.0, 1.0, 2.0])
+    wild = np.array([0.1, 1.1, 5000.0])  # its exponential is infinite
+    with np.errstate(over="ignore"):
+        found = finetune.scores(np.exp(y), np.exp(wild), 1.0, "eV")
+        assert found["mae"] is None and found["mad"] > 0 and json.loads(json.dumps(found, allow_nan=False)) == found
+        metrics = {"test": finetune.scores(y, wild, 1.0, "log(eV)")}
+        assert finetune.draw_parity(task, (None, y, wild), metrics)[:4] == b"\x89PNG"
+
+
 def test_own_data_rewritten_in_place_is_read_again(home, tmp_path):
     """The same names, sizes and times, other labels: nothing old is used, and the finished run says what differs."""
     folder = tmp_path / "data"

@@ -116,6 +116,13 @@ def test_the_benchmark_runs_every_method_once_and_shows_a_table(home, tmp_path, 
     assert len(err) == 2 and "metrics.json: not the metrics of a run" in err[1]
 
 
+def test_a_folder_with_another_programs_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "table.md").write_text("mine")
+    assert call(benchmark, "--task", "demo_gap", "--data", "demo", "--output", tmp_path) == 2
+    assert "holds a table.md of another program" in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+
+
 def test_runs_are_told_apart_by_their_seed_not_their_place(tmp_path):
     metrics = {"test": {"rows": 3, "mae": 1.0}, "val_mae": 1.0, "test_mae": 1.0, "unit": "eV", "best_epoch": 1}
     metrics |= {"epochs": 1, "seconds": 1.0}
