@@ -135,12 +135,17 @@ def compare(old: dict | None, new: dict, where, cure: str):
     if old is None:
         raise UserError(f"{where}: does not say what it was made from; {cure}")
     old, new = flat(old), flat(json.loads(json.dumps(new)))
-    differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    differ = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k)]
+    differ.sort(key=lambda k: (k.startswith("content"), k))  # hashes tell a person least
     if differ:
-        name = lambda k: flag(k.split(".")[0]) + k[len(k.split(".")[0]) :]  # noqa: E731; --epochs, --rows.train
-        shown = [f"{name(k)} {short(old.get(k))}, now {short(new.get(k))}" for k in differ[:4]]
+        shown = [f"{named(k)} {short(old.get(k))}, now {short(new.get(k))}" for k in differ[:4]]
         shown += [f"{len(differ) - 4} more"] * (len(differ) > 4)
         raise UserError(f"{where}: made with {'; '.join(shown)}; {cure}")
+
+
+def named(key: str) -> str:
+    """A setting by its flag, "rows.train" as rows of train."""
+    return " of ".join(key.split(".", 1)) if "." in key or key in ("theta_0", "init") else flag(key)
 
 
 def flat(record, prefix="") -> dict:

@@ -443,8 +443,8 @@ def test_a_composition_made_with_the_same_settings_is_kept_and_others_are_refuse
     capsys.readouterr()
     assert compose.run(cfg) == first and "leave-one-out error mixture" in capsys.readouterr().out
     for changes, words in [
-        (dict(few_shot=10), "--rows.train 28, now 10"), (dict(split_seed=1), "--content.train"),
-        (dict(neighbors=3), "--neighbors 5, now 3"), (dict(modules="a,b"), "--modules.c '.*', now None"),
+        (dict(few_shot=10), "rows of train 28, now 10"), (dict(split_seed=1), "content of train"),
+        (dict(neighbors=3), "--neighbors 5, now 3"), (dict(modules="a,b"), "modules of c '.*', now None"),
         (dict(task="demo_gap"), "--task"), (dict(select="all"), "--select 'amc', now 'all'"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):
@@ -474,10 +474,10 @@ def test_fine_tuning_takes_over_labels_split_and_rows_of_the_composition(made, t
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(few_shot=0), "--rows.train 9, now 28"),
-        (dict(split_seed=1), "--content.test"),
+        (dict(few_shot=0), "rows of train 9, now 28"),
+        (dict(split_seed=1), "content of test"),
         (dict(transform="log"), "--transform 'none', now 'log'"),
-        (dict(limit=0), "--rows.test 6, now"),
+        (dict(limit=0), "rows of test 6, now"),
         (dict(task="demo_gap"), "--task 'demo_optical_gap', now 'demo_gap'"),
     ],
 )

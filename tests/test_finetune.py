@@ -52,7 +52,7 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused_by_name(home):
     assert finetune.run(home.runs)["task"] == TASK
     for changes, words in [
         (dict(epochs=9), "--epochs 3, now 9"), (dict(lr=0.01), "--lr 0.001, now 0.01"), (dict(train="head"), "--train"),
-        (dict(init="backbone"), "--init"), (dict(few_shot=10), "--rows.train 28, now 10"), (dict(seed=1), "--seed 0, now 1"),
+        (dict(init="backbone"), "init '"), (dict(few_shot=10), "rows of train 28, now 10"), (dict(seed=1), "--seed 0, now 1"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):
             finetune.run(replace(home.runs, **changes))
@@ -186,7 +186,7 @@ def test_own_data_rewritten_in_place_is_read_again(home, tmp_path):
     cfg = replace(home.runs, task="", data=str(folder), output=str(tmp_path / "run"), limit=None, epochs=1)
     first = finetune.run(cfg)
     write("-")
-    with pytest.raises(UserError, match="--content.test"):
+    with pytest.raises(UserError, match="content of test"):
         finetune.run(cfg)
     second = finetune.run(replace(cfg, output=str(tmp_path / "again")))
     read = lambda name: [float(r["target"]) for r in csv.DictReader(open(tmp_path / name / "predictions_test.csv"))]  # noqa: E731

@@ -256,7 +256,7 @@ def test_a_backbone_made_with_the_same_settings_is_kept_and_one_in_use_is_not_re
     assert pretrain.run(cfg) == card
     with pytest.raises(UserError, match="--seed 0, now 1; give another --hub, or --overwrite"):
         pretrain.run(replace(cfg, seed=1))
-    with pytest.raises(UserError, match="--sets.demo_forcefield"):
+    with pytest.raises(UserError, match="sets of demo_forcefield"):
         pretrain.run(replace(cfg, limit=41))
     tensors = hub.load_tensors(tmp_path / "hub/backbone")
     module = {**card, "kind": "full", "backbone_sha256": card["tensors_sha256"]}

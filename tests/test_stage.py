@@ -146,7 +146,7 @@ def test_compare_names_what_differs_and_the_way_out():
     compare(old, dict(old), "runs/x", "the cure")
     with pytest.raises(UserError, match=r"runs/x: made with --epochs 2, now 9; the cure"):
         compare(old, old | {"epochs": 9}, "runs/x", "the cure")
-    with pytest.raises(UserError, match=r"--content.train 'aaaaaaaaaaaa', now 'bbbbbbbbbbbb'; --rows.val 1, now 2"):
+    with pytest.raises(UserError, match=r"rows of val 1, now 2; content of train 'aaaaaaaaaaaa', now 'bbbbbbbbbbbb'"):
         compare(old, {**old, "rows": {"train": 3, "val": 2}, "content": {"train": "b" * 64}}, "runs/x", "")
     with pytest.raises(UserError, match="does not say what it was made from"):
         compare(None, old, "runs/x", "the cure")

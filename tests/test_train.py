@@ -253,14 +253,14 @@ def test_a_module_made_with_the_same_settings_is_kept_and_others_are_refused(hom
     assert tm.run(same) == hub.read_card(home.hub / "full") and "nothing to do" in capsys.readouterr().err
     for changes, words in [
         (dict(epochs=4), "--epochs 3, now 4"), (dict(kind="adapter"), "--kind 'full', now 'adapter'"),
-        (dict(task="demo_gap"), "--task 'demo_refractive_index', now 'demo_gap'"), (dict(few_shot=9), "--rows.train 28, now 9"),
-        (dict(split_seed=1), "--content.test"), (dict(transform="log"), "--transform 'none', now 'log'"),
+        (dict(task="demo_gap"), "--task 'demo_refractive_index', now 'demo_gap'"), (dict(few_shot=9), "rows of train 28, now 9"),
+        (dict(split_seed=1), "content of test"), (dict(transform="log"), "--transform 'none', now 'log'"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):
             tm.run(replace(same, **changes))
     card = hub.read_card(home.hub / "backbone")
     monkeypatch.setattr(hub, "load_module", lambda *args, **kwargs: replaced(card, *args, **kwargs))
-    with pytest.raises(UserError, match="--theta-0"):
+    with pytest.raises(UserError, match="theta_0 '"):
         tm.run(same)
     assert (home.hub / "full" / "module.json").stat().st_mtime_ns == before
 
