@@ -29,9 +29,8 @@ class Preset(NamedTuple):
     training: dict
 
 
-def training(pretrain, epochs, full, adapter, finetune):
+def training(epochs, **rates):
     """Learning rates of the stages, and the epochs of pre-training."""
-    rates = {"pretrain": pretrain, "full": full, "adapter": adapter, "finetune": finetune}
     stages = {stage: {"lr": lr} for stage, lr in rates.items()}
     stages["pretrain"]["epochs"] = epochs
     return stages

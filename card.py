@@ -38,7 +38,7 @@ def parse_card(card, file: Path) -> dict:
     """The content of the card `file`, null for the fields that it lacks; UserError names what is wrong."""
     version = card.get("format_version") if isinstance(card, dict) else None
     if version != FORMAT_VERSION:
-        found = f"{file}: format_version is {cell(version)}, not {FORMAT_VERSION}"
+        found = f"{file}: format_version is {cell(version)[:80]}, not {FORMAT_VERSION}"
         raise UserError(f"{found}; use the release that wrote it")
     card = {**dict.fromkeys(CARD), **card}
     if wrong := [k for k, v in card.items() if deep(v) or not is_form(v, CARD.get(k, object))]:
@@ -144,11 +144,11 @@ def check_private(record, where: str = "card", key: str = "") -> None:
 
 def to_json(content, shown) -> str:
     """shown: the path that an error names."""
-    plain = {"default": lambda v: v.item(), "allow_nan": False}  # numpy's numbers and one-element tensors
+    plain = lambda v: v.item()  # noqa: E731; numpy's numbers and one-element tensors
     try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, **plain) + "\n"
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=plain)
         text.encode()  # not of a command line that is not UTF-8
-        return text
+        return text + "\n"
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         cure = "use numbers, text, lists, and null for NaN"
         raise UserError(f"{shown}: not writable as JSON ({error}); {cure}") from None
@@ -158,8 +158,9 @@ def cell(value) -> str:
     """One printable line: cards come from strangers."""
     if value is None:
         return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value)
-    text = f"{value:.4g}" if isinstance(value, float) else text
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -22,12 +22,12 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 # before torch
-from files import VERSION, MissingError, UserError, leftover, read_json, recover, sync, whole_folder
+from files import VERSION, MissingError, UserError, leftover, read_json, reading, recover, sync, whole_folder
+from files import check_name as check_folder_name
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,10 +49,9 @@ DTYPES = {
 
 
 def check_name(name: str) -> None:
-    """A module's name is its folder's: lower case, so that it means the same on every file system."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name) or ".." in name:
-        hint = f"; use {name.lower()!r}" if re.fullmatch(r"[A-Za-z0-9_]+", name) and name[0] != "_" else ""
-        raise UserError(f"module name {name!r}: takes a-z 0-9 . _ -, a letter or digit first, no '..'{hint}")
+    """A module's name is its folder's; one in upper case is told its lower case form."""
+    hint = f" (use {name.lower()!r})" if re.fullmatch("[A-Za-z0-9][A-Za-z0-9_]{,99}", name) else ""
+    check_folder_name(name, f"module name {name!r}{hint}")
 
 
 def module_dir(hub, name: str) -> Path:
@@ -65,15 +64,15 @@ def module_dir(hub, name: str) -> Path:
 
 def module_file(path, file: str) -> Path:
     """One file of a module's folder; refuses links and names what is missing."""
-    path = Path(path)
+    path, file = Path(path), Path(path) / file
     recover(path)
     if not path.is_dir():
         raise MissingError(f"{path}: no such module; see python hub.py list --hub {path.parent}")
-    if (path / file).is_symlink():
-        raise UserError(f"{path / file}: a link that may lead elsewhere; put the file itself there")
-    if not (path / file).is_file():
-        raise MissingError(f"{path / file}: missing; {AGAIN}")
-    return path / file
+    if file.is_symlink():
+        raise UserError(f"{file}: a link that may lead elsewhere; put the file itself there")
+    if not file.is_file():
+        raise MissingError(f"{file}: missing; {AGAIN}")
+    return file
 
 
 def sha256(file) -> str:
@@ -99,8 +98,8 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
     check_card(card, path, main)
     replace = check_place(path, overwrite)
     for file, content in (extra or {}).items():
-        reserved = file in ("module.json", "history.csv")
-        if reserved or not re.fullmatch(r"[a-z][a-z0-9_-]*\.(json|csv|png)", file):
+        named = re.fullmatch(r"[a-z][a-z0-9_-]*\.(json|csv|png)", file)
+        if not named or file in ("module.json", "history.csv"):
             raise UserError(f"{path / file}: extra files are named like composition.json")
         if not isinstance(content, bytes):
             check_private(content, str(path / file))
@@ -108,11 +107,11 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
         contents[file] = content
     if history:
         contents["history.csv"] = history.encode()
-    groups = {file: group for file, group in ((HEAD, head), (ADAPTERS, adapters_init)) if group}
+    groups = {main: tensors, HEAD: head, ADAPTERS: adapters_init}
+    groups = {file: group for file, group in groups.items() if group is not None}
     try:
         with whole_folder(path, replace) as part:
-            sums = {main: write_tensors(part / main, tensors, path / main)}
-            sums |= {file: write_tensors(part / file, group, path / file) for file, group in groups.items()}
+            sums = {file: write_tensors(part / file, group, path / file) for file, group in groups.items()}
             sums |= {file: write_bytes(part / file, content) for file, content in contents.items()}
             card = complete(card, path, sums, tensors)
             write_bytes(part / "module.json", to_json(card, path).encode())
@@ -123,17 +122,18 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
 
 
 def check_card(card: dict, path, main: str = MAIN) -> None:
-    """Refuse what `save` would refuse about a card and its name: before the first epoch, not after all."""
+    """Refuse what `save` would refuse of a card and its place: before the first epoch, not after all."""
     path = Path(path)
     if main == MAIN:
         module_dir(path.parent, path.name)
     elif path.name in ("", ".."):
         raise UserError(f"{path}: not the name of a folder; give one")
+    check_place(path, overwrite=True)
     complete(card, path, {MAIN: "0" * 64}, {})
 
 
 def check_place(path, overwrite: bool = False) -> bool:
-    """Refuse a path that `save` may not write to: one in use, or with `overwrite` one that is no module's.
+    """Refuse a path that is in use; with `overwrite`, one that holds what `save` has not written.
 
     Returns whether a folder is there, to be replaced. An empty one is.
     """
@@ -144,19 +144,19 @@ def check_place(path, overwrite: bool = False) -> bool:
     inside = sorted(path.iterdir()) if path.exists() else []
     if inside and not overwrite:
         raise UserError(f"{path}: exists already; delete it, name another, or give --overwrite")
-    foreign = [p for p in inside if p.is_dir()] or inside * (not has_card(path))
-    if foreign:
-        raise UserError(f"{path}: holds {foreign[0].name}, so it is no module and not replaced; name another")
+    ours = written_by_save(path)
+    if foreign := [p.name for p in inside if p.is_dir() or p.name not in ours]:
+        raise UserError(f"{path}: holds {foreign[0]}, which no card lists: not replaced; name another")
     return path.exists()
 
 
-def has_card(path: Path) -> bool:
-    """Whether the folder is one that `save` wrote, damaged or not."""
+def written_by_save(path: Path) -> set:
+    """Names of a module's files, by its card, damaged or not; none where there is no card."""
     try:
         card = read_json(path / "module.json", "a card", most=2**24)
-    except UserError:
-        return False
-    return isinstance(card, dict) and "format_version" in card
+        return {"module.json", "README.md", MAIN, *card["files_sha256"]}
+    except (UserError, KeyError, TypeError):
+        return set()
 
 
 def complete(card: dict, path: Path, sums: dict, tensors: dict) -> dict:
@@ -174,15 +174,13 @@ def complete(card: dict, path: Path, sums: dict, tensors: dict) -> dict:
     return card | {"card_sha256": card_sha256(card)}
 
 
-def write_tensors(file: Path, tensors: dict, shown=None) -> str:
+def write_tensors(file: Path, tensors: dict, shown: Path) -> str:
     """Write {name: tensor}, all finite, as safetensors. Returns the SHA-256. shown: the path in errors."""
     if not tensors:
-        raise UserError(f"{shown or file}: no tensors to save")
+        raise UserError(f"{shown}: no tensors to save")
     out, seen = {}, set()
     for name, t in tensors.items():
-        if t.dtype not in DTYPES:
-            raise UserError(f"{shown or file}: tensor {name!r} is {t.dtype}; save real numbers or integers")
-        check_finite(name, t, shown or file)
+        check_finite(name, t, shown)
         t = t.detach().cpu().contiguous()
         memory = t.untyped_storage().data_ptr()
         out[name] = t.clone() if memory in seen else t  # tied tensors are stored under every name
@@ -249,10 +247,8 @@ def load_tensors(path, file: str = MAIN) -> dict:
 
 
 def open_safetensors(file):
-    try:
+    with reading(file, "a safetensors file", AGAIN):
         return safe_open(file, "pt")  # checks the header: offsets, sizes, dtypes
-    except SafetensorError as e:
-        raise UserError(f"{file}: not a safetensors file ({e}); {AGAIN}") from None
 
 
 def check_finite(name: str, t, shown, cure: str = "retrain it with a lower --lr") -> None:
@@ -304,17 +300,15 @@ def load_module(path, hub="", kind: str = "") -> Module:
     adapters = new_adapters(backbone) if with_adapters else None
     head = mlp(backbone.width) if {HEAD, MODEL} & files.keys() else None
     parts = {"backbone": backbone, "adapters": adapters, "head": head}
+    model = nn.ModuleDict({name: part for name, part in parts.items() if part is not None}).eval()
     if MODEL in files:
-        model = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         load_tensors_into(model, load_tensors(path, MODEL), path / MODEL)
-    else:
-        sources = (theta, MAIN), (path, ADAPTERS if card["kind"] == BACKBONE else MAIN), (path, HEAD)
-        for part, (folder, file) in zip(parts.values(), sources, strict=True):
-            if part is not None:
-                load_tensors_into(part, load_tensors(folder, file), folder / file)
-    for part in parts.values():
-        if part is not None:
-            part.eval()
+        return Module(card, **parts)
+    own = ADAPTERS if card["kind"] == BACKBONE else MAIN
+    sources = {"backbone": (theta, MAIN), "adapters": (path, own), "head": (path, HEAD)}
+    for name, part in model.items():
+        folder, file = sources[name]
+        load_tensors_into(part, load_tensors(folder, file), folder / file)
     return Module(card, **parts)
 
 
@@ -372,13 +366,14 @@ def check_compatible(cards: dict, hub=None) -> None:
     if not cards:
         raise UserError(f"{hub or 'hub'}: no modules to compose; train some with `make hub`")
     for field in "kind", "architecture", "backbone_sha256", "signature":
-        value = {name: json.dumps(card.get(field), sort_keys=True) for name, card in cards.items()}
-        usual = Counter(value.values()).most_common(1)[0][0]
-        odd, like = [n for n in value if value[n] != usual], [n for n in value if value[n] == usual]
+        values = [card[field] for card in cards.values()]
+        usual = max(values, key=values.count)
+        odd = [name for name, card in cards.items() if card[field] != usual]
+        like = [name for name in cards if name not in odd]
         if odd:
-            a, b, label = cards[odd[0]].get(field), cards[like[0]].get(field), field
+            a, b, label = cards[odd[0]][field], usual, field
             while isinstance(a, dict) and isinstance(b, dict):  # down to the setting that differs
-                key = next(k for k in [*a, *b] if a.get(k) != b.get(k) or (k in a) != (k in b))
+                key = next(k for k in [*a, *b] if a.get(k) != b.get(k))
                 a, b, label = a.get(key), b.get(key), f"{label}.{key}"
             where = f"{like[0]} and {len(like) - 1} more" if len(like) > 1 else like[0]
             found = f"module {', '.join(odd[:5])}: {label} is {cell(a)[:60]}, but {cell(b)[:60]} in {where}"
@@ -439,12 +434,13 @@ def verify(hub, names=()) -> list[str]:
 
 def show_list(args) -> int:
     """A table of the hub. Modules with an unreadable card go to stderr, and the exit code is 1."""
-    rows, bad = [("name", "property", "unit", "kind", "rows", "val MAE", "MAE/MAD", "size")], []
+    rows, bad = [("name", "property", "unit", "kind", "rows", "val MAE", "MAE/MAD", "size")], 0
     for name in folder_names(args.hub):
         try:
             card = read_card(path := module_dir(args.hub, name))
         except (UserError, OSError) as error:
-            bad.append(one_line(error))
+            print(one_line(error), file=sys.stderr)
+            bad += 1
             continue
         mae, mad = card["val_mae"], card["mad"]
         ratio = f"{mae / mad:.2f}" if mae is not None and mad else None
@@ -454,8 +450,6 @@ def show_list(args) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))))
-    for line in bad:
-        print(line, file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -47,7 +47,6 @@ GROUPS = {  # a published key: (its group, its name in PretrainModel or Property
     r"task_steps\..+": ("metric states", ""),
     r"(?:.+\.)?_?module_dict\.y\.(?:.+\.)?(\d+)\.(weight|bias)": ("task head", r"head.\1.\2"),
 }  # fmt: skip
-FORCES = r"(out_mlp_F|out_blocks\.\d+\.(seq_forces|dense_rbf_F|scale_rbf_F))\..+"
 COUNTS = {  # constructor argument of GemNetOC: what is numbered
     "num_blocks": "int_blocks", "num_before_skip": "layers_before_skip",
     "num_after_skip": "layers_after_skip", "num_concat": "residual_m", "num_atom": "atom_update.layers",
@@ -172,10 +171,8 @@ def find_released(folder: Path, names: list) -> dict:
 def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict:
     """A foreign .pt file, memory-mapped: a tensor is read when it is used. Restricted unless trust_pickle."""
     check_zip(path)
-    how = {"weights_only": True}
-    if trust_pickle:
-        pickles = types.SimpleNamespace(Unpickler=Unpickler, __name__=__name__)
-        how = {"weights_only": False, "pickle_module": pickles}
+    pickles = types.SimpleNamespace(Unpickler=Unpickler, __name__=__name__) if trust_pickle else None
+    how = {"weights_only": not trust_pickle, "pickle_module": pickles}
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, **how)
     except Exception as e:  # a damaged or hostile file can raise anything
@@ -183,9 +180,7 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict:
         if named and not trust_pickle:
             found = f"{path}: holds a pickled {named[1] or named[2]}, which could run code and is not read"
             raise UserError(f"{found}; if you trust the file, see --trust-pickle in --help") from None
-        known = isinstance(e, pickle.UnpicklingError)
-        detail = "damaged pickle" if known else cell(str(e).split("\n")[0])[:100]
-        raise UserError(f"{path}: not readable ({detail}); {GET_AGAIN}") from None
+        raise UserError(f"{path}: not readable ({type(e).__name__}); {GET_AGAIN}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         keys = some(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(f"{path}: has no 'state_dict' but {keys}; give a published checkpoint")
@@ -194,14 +189,10 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict:
 
 def check_zip(path: Path) -> None:
     """Refuse what is damaged, by its checksums, and what would take more memory than the file has bytes."""
-    if not path.is_file():
-        raise MissingError(f"{path}: no such file; give the checkpoint's .pt file")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: cut off, or not a zip file as torch.save writes it; {GET_AGAIN}")
-    with reading(path, "readable as a zip file", GET_AGAIN), zipfile.ZipFile(path) as z:
-        members = z.infolist()
-        packed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
-        if packed or sum(m.file_size for m in members) > path.stat().st_size:
+    form = "a zip file as torch.save writes it, or cut off"
+    with reading(path, form, GET_AGAIN), zipfile.ZipFile(path) as z:
+        packed = any(m.compress_type != zipfile.ZIP_STORED for m in z.infolist())
+        if packed or sum(m.file_size for m in z.infolist()) > path.stat().st_size:
             raise UserError(f"{path}: compressed, as torch.save never writes it; {GET_AGAIN}")
         if damaged := z.testzip():
             raise UserError(f"{path}: damaged, {cell(damaged)} has not its checksum; {GET_AGAIN}")
@@ -307,13 +298,13 @@ def architecture_of(shapes: dict) -> dict:
     sizes["num_blocks"] = max(1, sizes["num_blocks"])  # of none at all, the first is missing
     for part in ("quad", "atom_edge", "edge_atom", "atom"):
         sizes[f"{part}_interaction"] = any(f".{part}_interaction." in n for n in shapes)
-    forces = any(re.fullmatch(FORCES, n) for n in shapes)
-    for arch in (preset("base", forces=forces), preset("large", forces=forces)):
+    sizes["forces"] = any("out_mlp_F." in n for n in shapes)
+    base, large = preset("base", forces=sizes["forces"]), preset("large", forces=sizes["forces"])
+    for arch in (base, large):
         if all(arch[k] == v for k, v in sizes.items()):
             return arch
     near = sizes["atom_edge_interaction"] or sizes["edge_atom_interaction"]
     graph = {"qint": sizes["quad_interaction"], "a2a": sizes["atom_interaction"], "a2ee2a": near}
-    base = preset("base", forces=forces)
     return base | sizes | {"preset": "custom", "graph": base["graph"] | graph}
 
 
@@ -351,19 +342,18 @@ def take_ema(p) -> None:
 
 def choose(p, keep_forces: bool, graph_rule: str) -> None:
     """Leave out the force branch, or keep it; settle by which rule the graphs are built."""
-    dropped = [n for n in p.tensors if re.fullmatch(FORCES, n) and not keep_forces]
-    p.groups["force branch"] = [p.published[n] for n in dropped]
-    p.tensors = {n: t for n, t in p.tensors.items() if n not in dropped}
     p.arch = p.arch | {"forces": keep_forces, "graph": p.arch["graph"] | {"graph_rule": graph_rule}}
-    p.signature = signature({n: {"dtype": "F32", "shape": t.shape} for n, t in p.tensors.items()})
+    ours = shapes_only(p.arch).state_dict()
+    p.groups["force branch"] = [p.published[n] for n in p.tensors if n not in ours]
+    p.tensors = {n: p.tensors[n] for n in ours}
+    p.signature = signature(ours)
     p.alike = lambda card: (card["signature"], card["architecture"]) == (p.signature, p.arch)
 
 
 def property_head(p) -> dict | None:
     """The head of a released module under the names of ours; None where its layers are others."""
     keys = sorted(p.groups.get("task head", []), key=lambda k: (int(k.split(".")[-2]), k.endswith("bias")))
-    with torch.device("meta"):
-        ours = mlp(shapes_only(p.arch).width).state_dict()
+    ours = mlp(p.arch["emb_size_atom"]).state_dict()
     if [plain(p.state[k]) and p.state[k].shape for k in keys] != [t.shape for t in ours.values()]:
         print(f"{p.path}: its head has other layers than ours and is left out", file=sys.stderr)
         return None

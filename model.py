@@ -104,7 +104,7 @@ class Residual(nn.Module):
 
 
 def residual_layers(number, n):
-    return [Residual(n) for _ in range(number)]
+    return nn.Sequential(*(Residual(n) for _ in range(number)))
 
 
 class ScaleFactor(nn.Module):
@@ -155,8 +155,7 @@ class Recompute(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast:
             own = [x.view_as(x) if again else fresh(x) for x in ctx.saved_tensors]
             y = ctx.f(*own)
-        grads = torch.autograd.grad(y, [x for x in own if x.requires_grad], grad, create_graph=again)
-        grads = iter(grads)
+        grads = iter(torch.autograd.grad(y, [x for x in own if x.requires_grad], grad, create_graph=again))
         return None, *(next(grads) if x.requires_grad else None for x in own)
 
 
@@ -426,13 +425,11 @@ class Interaction(nn.Module):
 
 
 class TripletLayers(Interaction):
-    """The layers of the interactions over c -> a <- b.
+    """The layers of the interactions over c -> a <- b. n: channels of the inputs; n_up: of the outputs."""
 
-    Widths: n of the inputs, n_in and n_out before and after the bilinear layer, n_up of the outputs.
-    """
-
-    def __init__(self, a, n, n_in, n_out, n_up):
+    def __init__(self, a, n, n_up):
         super().__init__()
+        n_in, n_out = a["emb_size_trip_in"], a["emb_size_trip_out"]
         self.dense_ba = Dense(n, n)
         self.mlp_rbf = Dense(a["emb_size_rbf"], n, activation=False)
         self.scale_rbf = ScaleFactor()
@@ -441,48 +438,43 @@ class TripletLayers(Interaction):
         self.down_projection = Dense(n, n_in)
         self.up_projection_ca = Dense(n_out, n_up)
 
-
-def sum_to_edges(Y, x, W, slot):
-    """M_ca = sum_b Y(cos angle_cab) x_b^T of main edges c -> a: (A, K S, K2), (A, K2, n) -> (E, S, n)."""
-    return torch.bmm(Y, x).view(-1, W.shape[2], x.shape[2]).index_select(0, slot)
+    def to_edges(self, x, Y, W, g):
+        """By M_ca = sum_b Y(cos angle_cab) x_b^T: (A, K2, n_in), (A, K S, K2), (E, C, S) -> (E, n_up)."""
+        M = torch.bmm(Y, x).view(-1, W.shape[2], x.shape[2]).index_select(0, g["slot"])  # (E, S, n_in)
+        return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
 
 
 class TripletInteraction(TripletLayers):
     """Edge to edge (e2e): main edges b -> a to main edges c -> a."""
 
     def __init__(self, a):
-        edge = a["emb_size_edge"]
-        super().__init__(a, edge, a["emb_size_trip_in"], a["emb_size_trip_out"], edge)
-        self.up_projection_ac = Dense(a["emb_size_trip_out"], edge)
+        super().__init__(a, a["emb_size_edge"], a["emb_size_edge"])
+        self.up_projection_ac = Dense(a["emb_size_trip_out"], a["emb_size_edge"])
 
     def forward(self, m, g):
         rad, Y, W = g["e2e"]
         x = self.down(self.dense_ba.linear(m), rad)  # (E, n_in)
-        M = sum_to_edges(Y, gather(x, g["table"]), W, g["slot"])
-        return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
+        return self.to_edges(gather(x, g["table"]), Y, W, g)
 
 
 class AtomEdgeInteraction(TripletLayers):
     """Atom to edge (a2e): atoms b near a to main edges c -> a."""
 
     def __init__(self, a):
-        edge = a["emb_size_edge"]
-        super().__init__(a, a["emb_size_atom"], a["emb_size_trip_in"], a["emb_size_trip_out"], edge)
-        self.up_projection_ac = Dense(a["emb_size_trip_out"], edge)
+        super().__init__(a, a["emb_size_atom"], a["emb_size_edge"])
+        self.up_projection_ac = Dense(a["emb_size_trip_out"], a["emb_size_edge"])
 
     def forward(self, h, g):
         rad, Y, W = g["a2e"]
         x = self.down(self.dense_ba.linear(h).index_select(0, g["src2"]), rad)  # (E2, n_in)
-        M = sum_to_edges(Y, gather(x, g["table2"]), W, g["slot"])
-        return self.up(self.scale_cbf_sum(self.mlp_cbf(W, M)), g["swap"])
+        return self.to_edges(gather(x, g["table2"]), Y, W, g)
 
 
 class EdgeAtomInteraction(TripletLayers):
     """Edge to atom (e2a): main edges b -> a to the atom a, weighted by its neighbours c -> a."""
 
     def __init__(self, a):
-        n_in, n_out = a["emb_size_trip_in"], a["emb_size_trip_out"]
-        super().__init__(a, a["emb_size_edge"], n_in, n_out, a["emb_size_atom"])
+        super().__init__(a, a["emb_size_edge"], a["emb_size_atom"])
 
     def forward(self, m, g):
         rad, G = g["e2a"]
@@ -552,15 +544,12 @@ class AtomUpdate(nn.Module):
         self.dense_rbf = Dense(a["emb_size_rbf"], edge, activation=False)
         self.scale_sum = ScaleFactor()
         first = [Dense(edge, atom)] if edge != atom else []
-        self.layers = nn.ModuleList(first + residual_layers(a["num_atom"], atom))
+        self.layers = nn.Sequential(*first, *residual_layers(a["num_atom"], atom))
 
     def forward(self, m, g, rad, scale=1.0):
         messages = lambda m, rad, W: sum_to(m * F.linear(rad, W), g["dst"], g["num_atoms"])  # noqa: E731
         x = Recompute.apply(messages, m, rad, self.dense_rbf.linear.weight) * scale
-        x = self.scale_sum(x, m if self.scale_sum.fitting else None)
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(self.scale_sum(x, m if self.scale_sum.fitting else None))
 
 
 class InteractionBlock(nn.Module):
@@ -575,12 +564,12 @@ class InteractionBlock(nn.Module):
         self.atom_edge_interaction = AtomEdgeInteraction(a) if a["atom_edge_interaction"] else None
         self.edge_atom_interaction = EdgeAtomInteraction(a) if a["edge_atom_interaction"] else None
         self.atom_interaction = AtomInteraction(a) if a["atom_interaction"] else None
-        self.layers_before_skip = nn.Sequential(*residual_layers(a["num_before_skip"], edge))
-        self.layers_after_skip = nn.Sequential(*residual_layers(a["num_after_skip"], edge))
-        self.atom_emb_layers = nn.Sequential(*residual_layers(a["num_atom_emb_layers"], atom))
+        self.layers_before_skip = residual_layers(a["num_before_skip"], edge)
+        self.layers_after_skip = residual_layers(a["num_after_skip"], edge)
+        self.atom_emb_layers = residual_layers(a["num_atom_emb_layers"], atom)
         self.atom_update = AtomUpdate(a)
         self.concat_layer = EdgeEmbedding(atom, edge, edge)
-        self.residual_m = nn.Sequential(*residual_layers(a["num_concat"], edge))
+        self.residual_m = residual_layers(a["num_concat"], edge)
 
     def forward(self, h, m, g):
         def total(x, *interactions):
@@ -603,10 +592,10 @@ class OutputBlock(AtomUpdate):
 
     def __init__(self, a):
         super().__init__(a)
-        self.seq_energy2 = nn.Sequential(*residual_layers(a["num_output_afteratom"], a["emb_size_atom"]))
+        self.seq_energy2 = residual_layers(a["num_output_afteratom"], a["emb_size_atom"])
         if a["forces"]:
             self.scale_rbf_F = ScaleFactor()
-            self.seq_forces = nn.Sequential(*residual_layers(a["num_atom"], a["emb_size_edge"]))
+            self.seq_forces = residual_layers(a["num_atom"], a["emb_size_edge"])
             self.dense_rbf_F = Dense(a["emb_size_rbf"], a["emb_size_edge"], activation=False)
 
     def forward(self, h, m, g, with_edges=False):
@@ -730,11 +719,9 @@ def fit_scale_factors(backbone, batch):
     for factor in factors:
         factor.fitting = True
     training = backbone.training
+    everything = backbone if backbone.edge_width is None else backbone.edge_features
     backbone.eval()
-    if backbone.edge_width is None:
-        backbone(batch)
-    else:
-        backbone.edge_features(batch)
+    everything(batch)
     backbone.train(training)
     for factor in factors:
         factor.fitting = False
@@ -787,15 +774,16 @@ class ScaledSiLU(nn.Module):
 
 def pool(x, batch, how):
     """Over the atoms of each crystal: (A, C) -> (B, C). how: mean, sum or max."""
-    index, B = batch["batch"], len(batch["num_atoms"])
+    index, number = batch["batch"], batch["num_atoms"]
+    column = -1, *[1] * (x.dim() - 1)  # (A,) -> (A, 1), to go with (A, C)
     if how == "max":
-        lowest = x.new_full((B, *x.shape[1:]), -math.inf)
-        return lowest.scatter_reduce(0, index.view(-1, *[1] * (x.dim() - 1)).expand_as(x), x, "amax")
-    total = sum_to(x, index, B)
+        lowest = x.new_full((len(number), *x.shape[1:]), -math.inf)
+        return lowest.scatter_reduce(0, index.view(column).expand_as(x), x, "amax")
+    total = sum_to(x, index, len(number))
     if how == "sum":
         return total
     if how == "mean":
-        return total / batch["num_atoms"].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        return total / number.to(total.dtype).view(column)
     raise UserError(f"pooling {how!r}: use mean, sum or max")
 
 

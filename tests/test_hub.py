@@ -520,6 +520,15 @@ def test_an_empty_folder_is_filled_and_one_that_is_not_ours_is_never_replaced(tm
     assert not hub.check_place(tmp_path / "new") and hub.check_place(tmp_path / "m", overwrite=True)
 
 
+def test_what_people_put_into_a_modules_folder_is_never_deleted_and_that_is_said_before_training(tmp_path):
+    hub.save(tmp_path / "m", tensors(), card(), head={"h": torch.ones(1)}, extra={"composition.json": {}})
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    refused("m: holds notes.txt.* not replaced", hub.save, tmp_path / "m", tensors(2), card(), overwrite=True)
+    refused("m: holds notes.txt.* not replaced", hub.check_card, card(), tmp_path / "m")
+    os.remove(tmp_path / "m" / "notes.txt")
+    hub.save(tmp_path / "m", tensors(2), card(), overwrite=True)
+
+
 def test_a_damaged_module_may_be_replaced(tmp_path):
     hub.save(tmp_path / "m", tensors(), card())
     edit_card(tmp_path / "m", kind="half")
@@ -566,6 +575,7 @@ def test_foreign_nan_weights_with_a_matching_hash_are_refused(tmp_path):
 @pytest.mark.parametrize("text, match", [
     ("{", "not a card"), ("\xff", "not a card"), ("[" * 100000, "not a card"),
     ("[]", "format_version is -"), ('{"format_version": 2}', "format_version is 2"),
+    (json.dumps({"format_version": "x" * 5000}), "format_version is x{80}, not 1"),
     ('{"format_version": 1}', "'name' is missing"), (" " * (2**24 + 1), "16 MiB")])
 def test_a_bad_card_is_refused_in_one_line(tmp_path, text, match):
     path = make(tmp_path) / "mp_eform"
@@ -613,6 +623,13 @@ def test_the_odd_one_out_is_named_against_the_majority(tmp_path, changes, match)
     edit_card(root / "mp_eform", **changes)
     text = refused(match, hub.check_compatible, hub.list_modules(root))
     assert text.startswith("module mp_eform: ") and "in jarvis_eform and 1 more" in text
+
+
+def test_a_number_that_another_program_wrote_without_its_point_is_the_same_setting(tmp_path):
+    root = make(tmp_path)
+    graph = {**ARCHITECTURE["graph"], "cutoff": int(ARCHITECTURE["graph"]["cutoff"])}
+    edit_card(root / "mp_eform", graph=graph, architecture={**ARCHITECTURE, "graph": graph})
+    hub.check_compatible(hub.list_modules(root), root)
 
 
 def test_a_foreign_architecture_is_refused_by_its_header_whatever_its_card_says(tmp_path):

@@ -414,6 +414,9 @@ def test_the_files_made_here_have_the_listed_keys(preset, listed):
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     _, keys = import_published.rename_published(state, published.TASKS)
     assert [keys[names[id(p)]] for p in model.parameters()] == listed["parameter_order"]
+    assert sum(p.numel() for p in model.parameters()) == listed["parameter_counts"]["all"]
+    divisors = {f"backbone.{k}": v for k, v in model.backbone.shared_gradient_divisors().items()}
+    assert divisors == listed["gradient_divisors_for_shared_parameters"]
 
 
 def test_presets_and_other_sizes_are_recognised():
