@@ -3,12 +3,11 @@
     crystals = load_crystals(get_task("dielectric"))        # from matminer's data home, or MATMINER_DATA
     crystals = from_structures([structure, ...], y, unit="eV")    # pymatgen or ASE objects
 
-M: crystals in a task. R: rows of a source, unusable ones included. A: atoms. Lengths in Å. What cannot be used
-is in `skipped` with a reason, "rule: detail"; nothing is left out without one. Importing needs numpy only.
+M: crystals in a task. R: rows of a source, unusable ones included. A: atoms. Lengths in Å. What cannot be
+used is in `skipped` with a reason, "rule: detail"; nothing is left out without one. Needs numpy only.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import sys
@@ -19,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, cache_folder, cached_folder, progress
-from sources import NUMBER, SYMBOLS, Skip, demo_rows, find_source, in_memory
-from sources import list_files, source_rows, to_number
+from sources import NUMBER, SYMBOLS, Skip, find_source, in_memory, list_files, source_rows, to_number
 from tasks import DERIVED, ID_COLUMNS, Task, transform, unit_of
 
 
@@ -56,12 +54,10 @@ def load_crystals(task: Task, limit=0, on_error="skip", need_target=True, quiet=
     limit: the first `limit` usable rows of a fixed random order, so that subsets are random and nested.
     need_target=False: for prediction; rows without a label stay, with y = NaN, and forces are ignored.
     """
-    if on_error not in ("skip", "stop"):
-        raise UserError(f"--on-error {on_error}: 'skip' or 'stop'")
     task, source, rows = read_rows(task, cache_dir, quiet, forces=need_target)
     crystals = pick_rows(task, source, rows, limit, on_error, need_target)
     if not quiet:
-        print_summary(crystals, source, rows["key"][crystals.row])
+        print_summary(crystals, source)
     return crystals
 
 
@@ -97,50 +93,49 @@ def pick_rows(task, source, rows, limit=0, on_error="skip", need_target=True) ->
         end = np.searchsorted(np.cumsum(problems[mine] == ""), limit) + 1
         mine = np.sort(mine[:end])
     bad, keep = mine[problems[mine] != ""], mine[problems[mine] == ""]
-    ids = rows["id"]
-    if len(bad) and on_error == "stop":
-        i = bad[0]
-        cure = "--on-error skip leaves such rows out"
-        raise UserError(f"{source}: row {i} (id {ids[i]}): {problems[i]}; {cure}")
+    skipped = [(rows["id"][i], problems[i]) for i in bad]
+    if skipped and on_error == "stop":
+        name, why = skipped[0]
+        raise UserError(f"{source}: row {bad[0]} (id {name}): {why}; --on-error skip leaves such rows out")
     if not len(keep):
         why = problems[bad[0]] if len(bad) == 1 else count_reasons(problems[bad]) or "there is none"
         raise UserError(f"{source}: none of {len(mine)} rows can be used ({why})")
-    start = np.concatenate([[0], np.cumsum(rows["count"])])
-    parts = [slice(start[i], start[i + 1]) for i in keep]
+    end = np.cumsum(rows["count"])
+    atoms = [slice(end[i] - rows["count"][i], end[i]) for i in keep]
+    split = split_words(rows)
     return Crystals(
         task=task,
-        ids=ids[keep].tolist(),
-        Z=[rows["Z"][s] for s in parts],
-        pos=[rows["pos"][s] for s in parts],
+        ids=[rows["id"][i] for i in keep],
+        Z=[rows["Z"][s] for s in atoms],
+        pos=[rows["pos"][s] for s in atoms],
         cell=list(rows["cell"][keep]),
-        pbc=rows["pbc"][keep],
+        pbc=rows["cell"][keep].any(axis=(1, 2)),
         y=y[keep],
         row=keep,
-        split=rows["column:split"][keep].tolist() if is_text(rows, "split") else None,
-        skipped=[(ids[i], problems[i]) for i in bad],
-        forces=[rows["forces"][s] for s in parts] if task.forces_column else None,
+        split=[split[i] for i in keep] if split else None,
+        skipped=skipped,
+        forces=[rows["forces"][s] for s in atoms] if task.forces_column else None,
         num_rows=len(problems),
     )
 
 
-def print_summary(crystals, source, keys):
-    """What was read and what it looks like, on stderr. keys: (M,) duplicate_key."""
+def print_summary(crystals, source):
+    """What was read and what it looks like, on stderr."""
     task, y = crystals.task, crystals.y[np.isfinite(crystals.y)]
-    reasons = count_reasons([reason for _, reason in crystals.skipped])
-    atoms, symbols = [len(z) for z in crystals.Z], elements(crystals)
-    names = f": {' '.join(symbols)}" if len(symbols) <= 20 else ""
     kept, skipped = len(crystals), len(crystals.skipped)
-    lines = [
-        f"{task.name} ({source}): {kept + skipped} rows read, {kept} kept, {skipped} skipped"
-        + (f": {reasons}" if reasons else ""),
-        f"  {len(symbols)} elements{names}; atoms per cell: median {np.median(atoms):g}, max {max(atoms)}; "
-        f"{len(keys) - len(set(keys))} duplicate structures" + ("; with forces" if crystals.forces else ""),
-    ]
+    reasons = count_reasons(reason for _, reason in crystals.skipped)
+    read = f"{task.name} ({source}): {kept + skipped} rows read, {kept} kept, {skipped} skipped"
+    print(read + (f": {reasons}" if reasons else ""), file=sys.stderr)
     if len(y):
         statistics = {"min": np.min, "median": np.median, "max": np.max, "mean": np.mean, "std": np.std}
         shown = ", ".join(f"{name} {statistic(y):.5g}" for name, statistic in statistics.items())
-        lines.insert(1, f"  label {task.target_column} [{unit_of(task) or 'no unit'}]: {shown}")
-    print("\n".join(lines), file=sys.stderr)
+        print(f"  label {task.target_column} [{unit_of(task) or 'no unit'}]: {shown}", file=sys.stderr)
+    atoms, symbols = [len(z) for z in crystals.Z], elements(crystals)
+    named = f": {' '.join(symbols)}" if len(symbols) <= 20 else ""
+    twins = kept - len({duplicate_key(*s) for s in zip(crystals.Z, crystals.pos, crystals.cell)})
+    forces = "; with forces" if crystals.forces else ""
+    cells = f"atoms per cell: median {np.median(atoms):g}, max {max(atoms)}"
+    print(f"  {len(symbols)} elements{named}; {cells}; {twins} duplicate structures{forces}", file=sys.stderr)
 
 
 def count_reasons(reasons) -> str:
@@ -156,21 +151,13 @@ def elements(crystals) -> list:
 
 def subset(crystals: Crystals, idx) -> Crystals:
     """The crystals at positions idx, in that order."""
-    idx = [int(i) for i in idx]
-
-    def take(values):
-        return (
-            None
-            if values is None
-            else values[idx]
-            if isinstance(values, np.ndarray)
-            else [values[i] for i in idx]
-        )
-
-    picked = {
-        f: take(getattr(crystals, f))
-        for f in ("ids", "Z", "pos", "cell", "pbc", "y", "row", "split", "forces")
-    }
+    picked = {}
+    for name in ("ids", "Z", "pos", "cell", "pbc", "y", "row", "split", "forces"):
+        values = getattr(crystals, name)
+        if isinstance(values, np.ndarray):
+            picked[name] = values[[int(i) for i in idx]]
+        elif values is not None:
+            picked[name] = [values[i] for i in idx]
     return replace(crystals, **picked, fingerprint="")
 
 
@@ -189,7 +176,7 @@ def structure_hash(Z, pos, cell) -> str:
 
 
 def duplicate_key(Z, pos, cell) -> str:
-    """Equal for two structures of one cell and atoms within 1e-4 Å, in any order of atoms, wrapped or not."""
+    """Equal where cell and positions are, rounded to 1e-4 Å, in any order of atoms, wrapped or not."""
     if np.any(cell):
         edge = np.linalg.norm(cell, axis=1)
         grid = np.rint(pos @ np.linalg.inv(cell) * edge / 1e-4).astype(np.int64)
@@ -204,108 +191,95 @@ def duplicate_key(Z, pos, cell) -> str:
 
 # ---------------------------------------------------------------- from a source to rows
 
-CACHE_VERSION = 3  # raise when collect() makes something else
+CACHE_VERSION = 4  # raise when collect() makes something else
 
 
 def read_rows(task: Task, cache_dir="", quiet=False, forces=True):
     """Every row of the task's source, through the cache. Returns task, its columns filled in; source; rows.
 
-    rows: id (R,); count (R,) atoms, 0 where unusable; reason (R,); Z, pos, forces over all atoms; cell (R, 3,
-    3); pbc (R,); key (R,) duplicate_key; "column:NAME" (R,) for every column, float64 or words.
+    rows: arrays count (R,) atoms, 0 where unusable; Z, pos, forces over all atoms; cell (R, 3, 3). Lists of R
+    words: id and reason, "" where usable. columns: {name: R numbers, words or None}.
     The cache's key is the content of every file that is read. forces=False: ignored, for prediction.
     """
     task = task if forces else replace(task, forces_column="")
-    embedded = task.dataset.removeprefix("demo:") if task.dataset.startswith("demo:") else ""
-    path = Path(importlib.util.find_spec("demo").origin) if embedded else find_source(task)
-    source = task.dataset if embedded else str(path)
-    path, listed = (path, []) if embedded else list_files(path)
+    path = find_source(task)
+    embedded = task.dataset if task.dataset.startswith("demo:") else ""
+    source = embedded or str(path)
+    path, listed = list_files(path)
     state = contents(path, listed)
-    forces = task.forces_column or forces and not task.target_column and "if there are any"
-    wanted = [CACHE_VERSION, embedded, task.structure_column, task.id_column, forces, state]
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:24]
+    any_forces = forces and not task.target_column
+    columns = [task.structure_column, task.id_column, task.forces_column]
+    wanted = json.dumps([CACHE_VERSION, embedded, columns, any_forces, state])
+    key = hashlib.sha256(wanted.encode()).hexdigest()[:24]
 
     def build(folder):
-        stream = demo_rows(embedded) if embedded else source_rows(path, listed, task)
-        store(folder, collect(stream, task, quiet, bool(forces)))
+        rows = collect(source_rows(path, listed, task), task, quiet, any_forces)
+        np.savez(folder / "rows.npz", **{k: v for k, v in rows.items() if isinstance(v, np.ndarray)})
+        lists = {k: v for k, v in rows.items() if not isinstance(v, np.ndarray)}
+        (folder / "rows.json").write_text(json.dumps(lists))
         if contents(path, listed) != state:
             raise UserError(f"{source}: changed while it was read; run again")
 
-    rows = stored(cached_folder(cache_folder(cache_dir) / f"rows-{key}", build))
+    folder = cached_folder(cache_folder(cache_dir) / f"rows-{key}", build)
+    with np.load(folder / "rows.npz") as arrays:
+        rows = dict(arrays) | json.loads((folder / "rows.json").read_text())
     return resolve_target(task, rows), source, rows
 
 
 def contents(path: Path, listed) -> list:
-    """[[name, SHA-256]] of every file that is read, and the reasons for those that are not."""
-    files = dict.fromkeys([path] if path.is_file() else [])
-    files.update(dict.fromkeys(file for file, _ in listed if isinstance(file, Path)))
-    for file in files:
-        try:
-            with open(file, "rb") as f:
-                files[file] = hashlib.file_digest(f, "sha256").hexdigest()
-        except OSError as error:  # its rows are skipped when they are read
-            files[file] = str(error)
-    rest = [[v["id"], str(f) if isinstance(f, Skip) else [f.name, files[f]]] for f, v in listed]
-    return [*([path.name, files[path]] if path in files else []), *rest]
+    """[[id, name or Skip, SHA-256]] of the file that is read, and of all that it or the folder lists."""
+    listed = [*([(path, {})] if path.is_file() else []), *listed]
+    hashes = {file: sha256(file) for file in {file for file, _ in listed} if isinstance(file, Path)}
+    return [[values.get("id"), getattr(file, "name", str(file)), hashes.get(file)] for file, values in listed]
 
 
-def store(folder, rows):
-    """Numbers in rows.npz; words, and the order of the columns, in words.json."""
-    words = {k: v.tolist() for k, v in rows.items() if v.dtype == object}
-    numbers = [k for k in rows if k.startswith("column:") and k not in words]
-    arrays = {k: v for k, v in rows.items() if k not in words and k not in numbers}
-    np.savez(folder / "rows.npz", numbers=np.array([rows[k] for k in numbers]), **arrays)
-    (folder / "words.json").write_text(json.dumps({"order": list(rows), "numbers": numbers, "words": words}))
+def sha256(file) -> str:
+    try:
+        with open(file, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:  # its rows are skipped when they are read
+        return str(error)
 
 
-def stored(folder):
-    """What store() wrote."""
-    with np.load(folder / "rows.npz", allow_pickle=False) as file:
-        rows = dict(file)
-    text = json.loads((folder / "words.json").read_text())
-    rows.update(zip(text["numbers"], rows.pop("numbers")))
-    rows.update({k: np.array(v, dtype=object) for k, v in text["words"].items()})
-    return {k: rows[k] for k in text["order"]}
+SCALARS = (str, int, float, np.integer, np.floating, np.bool_, type(None))  # what columns are made of
 
 
-def collect(stream, task, quiet=False, forces=True):
+def collect(stream, task, quiet=False, any_forces=False):
     """A stream of (structure, values) -> rows. structure: what to_arrays takes; values: {column: any value}.
 
-    One row at a time, so memory holds the arrays and nothing else.
+    any_forces: read those of an xyz file that has them without being told. One row at a time, so memory holds
+    the arrays and nothing else.
     """
     read, table, column = [], [], task.forces_column
     for structure, values in progress(stream, "reading", quiet):
-        if forces and not table and not task.target_column and values.get("forces") is not None:
-            column = "forces"  # an xyz file with energies and forces needs no flags
+        if any_forces and not table and values.get("forces") is not None:
+            column = "forces"
         read.append(read_one(structure, values.get(column), bool(column)))
-        scalars = {printable(str(k)): (v, scalar(v)) for k, v in values.items()}
-        table.append({k: kept for k, (v, kept) in scalars.items() if v is None or kept is not None})
-    Z, pos, cell, f, reason, key = zip(*read) if read else [()] * 6
+        table.append({printable(str(k)): scalar(v) for k, v in values.items() if isinstance(v, SCALARS)})
+    Z, pos, cell, f, reason = zip(*read) if read else [()] * 5
     names = dict.fromkeys(name for row in table for name in row)
     columns = {name: [row.get(name) for row in table] for name in names}
-    cell = np.array(cell).reshape(-1, 3, 3)
     rows = {
         "count": np.array([len(z) for z in Z], dtype=np.int64),
         "Z": np.concatenate([np.zeros(0, np.int64), *Z]),
         "pos": np.concatenate([np.zeros((0, 3)), *pos]),
-        "cell": cell,
-        "pbc": cell.any(axis=(1, 2)),
-        "reason": np.array(reason, dtype=object),
-        "key": np.array(key, dtype=object),
-        "id": np.array(unique_ids(columns, task, len(read)), dtype=object),
-        **{f"column:{name}": as_column(values) for name, values in columns.items()},
+        "cell": np.array(cell).reshape(-1, 3, 3),
+        "id": unique_ids(columns, task, len(read)),
+        "reason": reason,
+        "columns": {k: [v[:200] if isinstance(v, str) else v for v in c] for k, c in columns.items()},
     }
     return rows | {"forces": np.concatenate([np.zeros((0, 3)), *f])} if column else rows
 
 
 def read_one(structure, forces, wanted):
-    """Z, pos, cell, forces, reason, key of one row; where it cannot be used, no atoms and a reason."""
+    """Z, pos, cell, forces, reason of one row; where it cannot be used, no atoms and a reason."""
     none = np.zeros((0, 3))
     try:
         Z, pos, cell = to_arrays(structure)
-        return Z, pos, cell, read_forces(forces, len(Z)) if wanted else none, "", duplicate_key(Z, pos, cell)
+        return Z, pos, cell, read_forces(forces, len(Z)) if wanted else none, ""
     except Skip as error:
         reason = printable(" ".join(str(error).split()))[:300]
-        return np.zeros(0, np.int64), none, np.zeros((3, 3)), none, reason, ""
+        return np.zeros(0, np.int64), none, np.zeros((3, 3)), none, reason
 
 
 def read_forces(values, num_atoms):
@@ -321,23 +295,16 @@ def read_forces(values, num_atoms):
 
 
 def scalar(value):
-    """A number or word as it stands in a column; None for everything else."""
+    """One of SCALARS as JSON can hold it."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, int) and abs(value) >= 2**1023:  # beyond floats
         return math.copysign(math.inf, value)
-    return printable(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else None
+    return printable(value) if isinstance(value, str) else value
 
 
 def printable(text: str) -> str:
     """Bytes that are not UTF-8 (in the name of a file) as \\udcXX: what can be written anywhere."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def as_column(values):
-    """(R,) floats, NaN where missing; where there is any word, words: 200 characters, "" where missing."""
-    if any(isinstance(v, str) for v in values):
-        return np.array(["" if v is None else str(v)[:200] for v in values], dtype=object)
-    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
 def unique_ids(columns, task, R) -> list:
@@ -360,33 +327,37 @@ def unique_ids(columns, task, R) -> list:
     return ids
 
 
-def names_of(rows) -> str:
-    return ", ".join(k.removeprefix("column:") for k in rows if k.startswith("column:")) or "none"
+def split_words(rows) -> list:
+    """(R,) words of the column "split", "" where it is blank; [] where the table has no such words."""
+    split = rows["columns"].get("split", [])
+    return ["" if v is None else str(v) for v in split] if is_text(split) else []
 
 
-def is_text(rows, name) -> bool:
-    return f"column:{name}" in rows and rows[f"column:{name}"].dtype == object
+def is_text(values) -> bool:
+    return any(isinstance(v, str) for v in values)
 
 
 def find_column(rows, name):
     """(R,) values of one column, or None; some are means of others (DERIVED) where the table lacks them."""
-    parts = [rows.get(f"column:{p}") for p in DERIVED.get(name, [None])]
-    if f"column:{name}" in rows or any(p is None for p in parts):
-        return rows.get(f"column:{name}")
-    return np.mean([as_numbers(p) for p in parts], axis=0)
+    columns = rows["columns"]
+    parts = [columns.get(part) for part in DERIVED.get(name, [None])]
+    if name in columns or None in parts:
+        return columns.get(name)
+    return np.mean([as_numbers(part) for part in parts], axis=0).tolist()
 
 
 def pick_column(rows, name, source):
     values = find_column(rows, name)
     if values is None:
+        there = ", ".join(rows["columns"]) or "none"
         cure = "--target-column or the tasks file names it"
-        raise UserError(f"{source}: no column '{name}' (columns: {names_of(rows)}); {cure}")
+        raise UserError(f"{source}: no column '{name}' (columns: {there}); {cure}")
     return values
 
 
 def as_numbers(values):
     """(R,) floats; NaN where a word is no number."""
-    numbers = [to_number(v) for v in values] if values.dtype == object else values
+    numbers = [to_number(v) if isinstance(v, str) else v for v in values]
     return np.array([np.nan if isinstance(v, str) or v is None else v for v in numbers], dtype=np.float64)
 
 
@@ -394,9 +365,9 @@ def resolve_target(task, rows):
     """Fill an empty target_column where the table leaves no doubt."""
     if task.target_column:
         return task
-    names = [k.removeprefix("column:") for k in rows if k.startswith("column:")]
-    numbers = [n for n in names if not is_text(rows, n) and n not in ID_COLUMNS]
-    choice = next((n for n in ("target", "energy") if n in names), numbers[0] if len(numbers) == 1 else "")
+    columns = rows["columns"]
+    numbers = [name for name, values in columns.items() if not is_text(values) and name not in ID_COLUMNS]
+    choice = next((n for n in ("target", "energy") if n in columns), numbers[0] if len(numbers) == 1 else "")
     forces = "forces" if "forces" in rows else ""
     if choice == "energy" and not task.unit:
         task = replace(task, unit="eV", pooling="sum")
@@ -405,18 +376,19 @@ def resolve_target(task, rows):
 
 def labels(task, source, rows, need_target):
     """y (R,) in unit_of(task), NaN where there is none, and reasons (R,), "" where a row is usable."""
-    problems = rows["reason"].copy()
+    problems = np.array(rows["reason"], dtype=object)
     if not need_target and find_column(rows, task.target_column) is None:
         return np.full(len(problems), np.nan), problems
     if not task.target_column:
-        cure = "name it with --target-column"
-        raise UserError(f"{source}: which column is the label? there are {names_of(rows)}; {cure}")
+        there = ", ".join(rows["columns"]) or "none"
+        raise UserError(
+            f"{source}: which column is the label? there are {there}; name it with --target-column"
+        )
     values = pick_column(rows, task.target_column, source)
     raw = as_numbers(values)
-    with np.errstate(all="ignore"):
-        y = transform(task, raw)
+    y = transform(task, raw)
     y[~np.isfinite(y)] = np.nan
-    split = rows["column:split"] if is_text(rows, "split") else []
+    split = split_words(rows)
     divided = any(word.strip() for word in split)
     for i in np.flatnonzero(problems == "") if need_target else []:
         if np.isnan(y[i]):
@@ -440,10 +412,10 @@ def rows_of_subset(task, source, rows):
     if not task.subset:
         return np.arange(len(rows["id"]))
     wanted = [s.strip() for s in task.subset.split(";")]
-    values = pick_column(rows, "subset", source)
-    mine = np.flatnonzero(np.isin(values.astype(str), wanted))
+    values = ["" if v is None else str(v) for v in pick_column(rows, "subset", source)]
+    mine = np.flatnonzero(np.isin(values, wanted))
     if not len(mine):
-        there = ", ".join(sorted(set(values.astype(str)))[:12])
+        there = ", ".join(sorted(set(values))[:12])
         raise UserError(f"{source}: no row has subset {' or '.join(wanted)}; there are {there}")
     return mine
 
@@ -452,6 +424,10 @@ def rows_of_subset(task, source, rows):
 
 VACUUM = 50.0  # Å, more than twice any cutoff
 MAX_ATOMS = 2**15  # in one structure: graphs on disk number its atoms with 16 bits
+MAX_IMAGES = 2**24  # of a structure's atoms that can be neighbours; diamond of MAX_ATOMS has 100,000
+ALONG = np.array(
+    [0.6192, 0.5426, 0.5674]
+)  # just shorter than 1; not along the normal of a common lattice plane
 
 
 def to_arrays(structure):
@@ -483,13 +459,15 @@ def to_arrays(structure):
     if not periodic.any():
         cell = np.zeros((3, 3))
     else:
-        if not periodic.all():
-            cell = add_vacuum(pos, cell, periodic)
-        lengths = np.linalg.norm(cell, axis=1)
+        cell = add_vacuum(pos, cell, periodic)
         volume = abs(np.linalg.det(cell))
-        if volume < 1e-2 or volume < 1e-5 * lengths.prod():
+        if volume < 1e-2 or volume < 1e-5 * np.linalg.norm(cell, axis=1).prod():
             raise Skip(f"cell of zero volume: {volume:.2g} A^3")
-        pos = wrap(pos @ np.linalg.inv(cell)) @ cell
+        inverse = np.linalg.inv(cell)
+        images = len(Z) * np.prod(1 + 24 * np.linalg.norm(inverse, axis=0))  # within 12 Å of the cell
+        if images > MAX_IMAGES:
+            raise Skip(f"cell too skewed: {images:.1g} images of its atoms to look at; give its reduced cell")
+        pos = wrap(pos @ inverse) @ cell
     check_distances(pos, cell)
     return Z, pos, cell
 
@@ -511,56 +489,24 @@ def add_vacuum(pos, cell, periodic):
 
 
 def check_distances(pos, cell, closest=0.1):
-    """Raises Skip where two atoms, periodic images included, are closer than `closest` Å. Linear in the atoms."""
-    shifts, inverse_cell, A = np.zeros((1, 3)), None, len(pos)
+    """Raises Skip where two atoms, periodic images included, are closer than `closest` Å."""
     if cell.any():
-        inverse_cell = np.linalg.inv(cell)
-        # a difference that short has |f_k| <= closest / height_k; 1 / height_k is the norm of column k of the inverse
-        reach = np.floor(closest * np.linalg.norm(inverse_cell, axis=0) + 0.5).astype(int)
-        if reach.max() > 20:
-            raise Skip("cell of zero volume: lattice planes are much closer than the atoms could be")
-        if reach.any():
-            images = np.meshgrid(*(np.arange(-n, n + 1.0) for n in reach), indexing="ij")
-            shifts = np.stack(images, -1).reshape(-1, 3) @ cell
-    if A <= 60:  # all of them is faster than bins
-        order, begin, count = np.arange(A), np.zeros((A, 1), int), np.full((A, 1), A)
-    else:
-        order, begin, count = atoms_around(pos, inverse_cell, closest)
-    step = max(1, (1 << 20) // (count.sum(1).max() * len(shifts)))  # atoms at a time: memory stays flat
-    for i in range(0, A, step):
-        c = count[i : i + step]
-        a = i + np.repeat(np.arange(len(c)), c.sum(1))
-        c = c.ravel()
-        b = order[np.arange(len(a)) + np.repeat(begin[i : i + step].ravel() - c.cumsum() + c, c)]
-        d = pos[b] - pos[a]
-        if inverse_cell is not None:
-            f = d @ inverse_cell
-            d = (f - np.rint(f)) @ cell
-        d = d[:, None, :] + shifts
-        r2 = np.einsum("ijk,ijk->ij", d, d)
-        r2[a == b, len(shifts) // 2] = np.inf  # an atom and itself, image 0
-        if r2.min() < closest**2:
-            raise Skip(f"atoms closer than {closest} A: {np.sqrt(r2.min()):.3f} A")
-
-
-def atoms_around(pos, inverse_cell, r):
-    """Which atoms can be within r of each: those in its bin and the 26 around it; a bin is at least r high.
-
-    Returns order (A,), begin and count (A, 27): order[begin:begin + count] are the atoms of one such bin.
-    """
-    if inverse_cell is None:
-        low, high = pos.min(0), pos.max(0)
-        place = ((pos - low) / np.maximum(1.001 * r, (high - low) / 2**20)).astype(int)  # (A, 3)
-        bins = place.max(0) + 3  # along each axis; the last is no neighbour of the first
-    else:
-        bins = np.clip(1 / np.linalg.norm(inverse_cell, axis=0) // (1.001 * r), 1, 2**20).astype(int)
-        place = (wrap(pos @ inverse_cell) * bins).astype(int)
-    around = np.indices((3, 3, 3)).reshape(3, 27).T - 1
-    size = np.array([bins[1] * bins[2], bins[2], 1])
-    number, wanted = place @ size, (place[:, None] + around) % bins @ size  # (A,), (A, 27)
-    order = np.argsort(number)
-    begin = np.searchsorted(number[order], wanted)
-    return order, begin, np.searchsorted(number[order], wanted, side="right") - begin
+        inverse = np.linalg.inv(cell)
+        margin = closest * np.linalg.norm(inverse, axis=0)  # `closest` in fractional coordinates
+        frac = wrap(pos @ inverse)
+        for k, m in enumerate(margin):  # images within reach of the cell, along one axis after the other
+            shifts = np.arange(-int(m) - 1, int(m) + 2)[:, None] * np.eye(3)[k]
+            images = (frac[:, None] + shifts).reshape(-1, 3)
+            frac = images[(images[:, k] >= -m) & (images[:, k] <= 1 + m)]
+        pos = frac @ cell
+    pos = pos[np.argsort(pos @ ALONG)]
+    for k in range(1, len(pos)):  # every atom and the k-th after it along ALONG, until all those are too far
+        step = pos[k:] - pos[:-k]
+        if (step @ ALONG).min() >= closest:
+            return
+        d = np.linalg.norm(step, axis=1).min()
+        if d < closest:
+            raise Skip(f"atoms closer than {closest} A: {d:.3f} A")
 
 
 def from_dict(structure):
@@ -580,7 +526,7 @@ def from_dict(structure):
             raise Skip(f"element outside 1..118: {symbol}")
         Z.append(NUMBER[symbol])
     if not lattice:
-        return Z, [s["xyz"] for s in sites], np.zeros((3, 3)), np.zeros(3, dtype=bool)
+        return Z, [s["xyz"] for s in sites], np.zeros((3, 3)), [False, False, False]
     cell = np.array(lattice["matrix"], dtype=np.float64)
     pos = np.array([s["abc"] for s in sites], dtype=np.float64).reshape(-1, 3) @ cell
-    return Z, pos, cell, np.array(lattice.get("pbc", [True, True, True]), dtype=bool)
+    return Z, pos, cell, lattice.get("pbc", [True, True, True])

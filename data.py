@@ -7,12 +7,12 @@ M: crystals in a task. A: atoms. B: crystals in a batch. E: edges. Lengths in Å
 torch and numpy only.
 """
 
-import contextlib
 import hashlib
 import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,8 @@ SPLIT_FORM = 'JSON {"train": [...], "val": [...], "test": [...]} with row number
 def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
     """{"train", "val", "test"}: positions into `crystals`, from a file, a column or 70/15/15 at random.
 
-    split_file: JSON with a list for each part, of row numbers in the source or of ids. Rows that were skipped
-    (or left out by a limit) are dropped from it and counted on stderr. Raises UserError where a part is
-    empty.
+    split_file: JSON with a list for each part, of row numbers in the source or of ids; what was skipped
+    (or left out by a limit) is dropped and counted on stderr. Raises UserError where a part is empty.
     """
     if split_file:
         return read_split(crystals, Path(split_file))
@@ -101,40 +100,33 @@ def few_shot(rows, n: int, seed: int):
 
 def split_fingerprint(crystals, splits) -> dict:
     """{part: sha256} over the structures and labels of its rows, whatever their order, numbers or ids."""
-
-    def content(i):
-        return (
-            f"{structure_hash(crystals.Z[i], crystals.pos[i], crystals.cell[i])} {float(crystals.y[i]).hex()}"
-        )
-
-    def digest(rows):
-        return hashlib.sha256("\n".join(sorted(map(content, rows))).encode()).hexdigest()
-
-    return {part: digest(rows) for part, rows in splits.items()}
+    structures = list(zip(crystals.Z, crystals.pos, crystals.cell))
+    found = {}
+    for part, rows in splits.items():
+        content = sorted(f"{structure_hash(*structures[i])} {float(crystals.y[i]).hex()}" for i in rows)
+        found[part] = hashlib.sha256("\n".join(content).encode()).hexdigest()
+    return found
 
 
 def report_duplicates(crystals, splits) -> int:
     """How many val and test rows are the structure of a row of an earlier part; a line on stderr if any."""
-    seen, total, lines = {}, 0, []
-    for name, part in splits.items():
-        keys = [duplicate_key(crystals.Z[i], crystals.pos[i], crystals.cell[i]) for i in part]
-        found = Counter(seen[k] for k in keys if k in seen)
-        lines += [f"{n} of {name} in {other}" for other, n in found.items()]
-        total += sum(found.values())
-        for k in keys:
-            seen.setdefault(k, name)
-    if total:
-        where = ", ".join(lines)
-        what = f"{total} structures occur in two parts of the split ({where})"
+    structures = list(zip(crystals.Z, crystals.pos, crystals.cell))
+    part_of, found = {}, Counter()
+    for part, rows in splits.items():
+        keys = [duplicate_key(*structures[i]) for i in rows]
+        found.update((part, part_of[k]) for k in keys if k in part_of)
+        part_of = dict.fromkeys(keys, part) | part_of
+    if found:
+        where = ", ".join(f"{n} of {part} in {other}" for (part, other), n in found.items())
+        what = f"{found.total()} structures occur in two parts of the split ({where})"
         print(f"{crystals.task.name}: {what}", file=sys.stderr)
-    return total
+    return found.total()
 
 
 def batch_indices(num_atoms, indices, batch_size: int, max_atoms=0, generator=None) -> list:
     """Positions in batches of at most batch_size crystals and max_atoms atoms (0: no bound), in order.
 
-    num_atoms: (M,) atoms of every crystal. A crystal above the budget is a batch of its own. generator:
-    torch.Generator, shuffles first.
+    num_atoms: (M,) atoms of every crystal. One above the budget is a batch of its own. generator: shuffles.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if generator is not None:
@@ -162,8 +154,7 @@ class GraphConfig:
     """The four graphs of GemNet-OC. Cutoffs in angstrom; max_neighbors per receiving atom.
 
     main: edges that carry messages, symmetric. a2ee2a: neighbours for the atom-edge interactions. qint: the
-    middle edge of quadruplets. a2a: the long-range atom graph. The other three are selections of the a2a
-    graph.
+    middle edge of quadruplets. a2a: the long-range atom graph, of which the other three are selections.
     """
 
     cutoff: float = 12.0
@@ -181,7 +172,7 @@ class GraphConfig:
 
 
 GRAPHS = ("main", "a2ee2a", "qint", "a2a")
-CACHE_VERSION = 2  # raise when build_graphs() writes something else
+CACHE_VERSION = 3  # raise when build_graphs() writes something else
 TIE = 1e-3  # angstrom: neighbours this close to the k-th nearest count as equally near
 DENSE = 1 << 21  # pairs: up to here computing every distance is faster than bins; beyond it memory would grow
 MAX_PAIRS = 1 << 29  # looked at in bins; diamond has half as many in MAX_ATOMS atoms at 12 Å
@@ -190,10 +181,9 @@ MAX_PAIRS = 1 << 29  # looked at in bins; diamond has half as many in MAX_ATOMS 
 def radius_graph(pos, cell, periodic, r):
     """Every pair of atoms of one structure within r of each other, periodic images included.
 
-    pos (A, 3), cell (3, 3) with lattice vectors as rows; float64, angstrom; any atom may lie outside the
-    cell. Returns src, dst (E,), offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies
-    within r of dst. Sorted by dst, then src, then offset with the third axis fastest. Raises UserError beyond
-    MAX_PAIRS.
+    pos (A, 3), cell (3, 3) with lattice vectors as rows; float64, Å; any atom may lie outside the cell.
+    Returns src, dst (E,), offset (E, 3) and d (E,): the image of src displaced by offset @ cell lies within r
+    of dst. Sorted by dst, then src, then offset, third axis fastest. Raises UserError beyond MAX_PAIRS.
     """
     src, offset = torch.arange(len(pos)), torch.zeros(len(pos), 3, dtype=torch.long)
     image = pos
@@ -213,15 +203,12 @@ def images(pos, cell, r):
     inverse = torch.linalg.inv(cell)
     frac = pos @ inverse
     reach = r * inverse.norm(dim=0) + 1e-9  # r / height, height being the distance between opposite faces
-    first = (frac.amin(0) - reach - frac).ceil().long()  # (A, 3) an atom's first offset along each axis
-    number = (frac.amax(0) + reach - frac).floor().long() - first + 1  # (A, 3) and how many there are
-    count = number.prod(1)
-    src = torch.arange(len(pos)).repeat_interleave(count)
-    _, ny, nz = number[src].unbind(1)
-    k = torch.arange(len(src)) - (count.cumsum(0) - count)[src]  # counts an atom's images: (x ny + y) nz + z
-    xy = k.div(nz, rounding_mode="floor")
-    offset = torch.stack([xy.div(ny, rounding_mode="floor"), xy % ny, k % nz], dim=1)
-    return src, offset + first[src]
+    low, high = frac.amin(0) - reach, frac.amax(0) + reach
+    first, last = (low - frac.amax(0)).ceil().long(), (high - frac.amin(0)).floor().long()
+    offset = torch.cartesian_prod(*(torch.arange(a, b + 1) for a, b in zip(first, last)))
+    image = frac[:, None] + offset  # (A, offsets, 3)
+    src, which = torch.nonzero(((image >= low) & (image <= high)).all(2), as_tuple=True)
+    return src, offset[which]
 
 
 def pairs_of_all(pos, image, r):
@@ -249,9 +236,8 @@ def pairs_of_bins(pos, image, r, block=1 << 20):
     total = count.sum(1).cumsum(0)
     if int(total[-1]) > MAX_PAIRS:
         what = f"{pos.shape[1]} atoms are too dense for a graph of {r:.1f} A"
-        raise UserError(
-            f"{what}: {int(total[-1])} pairs to look at, {MAX_PAIRS} at most; are lengths in angstrom?"
-        )
+        pairs = f"{int(total[-1])} pairs to look at, {MAX_PAIRS} at most"
+        raise UserError(f"{what}: {pairs}; are lengths in angstrom?")
     found = []
     blocks = torch.unique_consecutive(total // block, return_counts=True)[1].tolist()
     for atoms in torch.arange(pos.shape[1]).split(blocks):
@@ -297,8 +283,7 @@ def nearest(edges, k, cutoff, graph_rule, either_end=False):
     """(E,) bool: the edges from the k nearest neighbours of an atom; with either_end, of one of the two.
 
     The nearest k are all those within TIE of the k-th, so that shells of equal distance are kept whole. With
-    graph_rule="published": exactly k (equal distances in the order of the list), chosen by the receiving
-    atom.
+    graph_rule="published": exactly k (equal distances in order of the list), chosen by the receiving atom.
     """
     d, dst = edges["d"], edges["dst"]
     if graph_rule == "published":
@@ -313,9 +298,8 @@ def nearest(edges, k, cutoff, graph_rule, either_end=False):
 def build_graphs(structures, graph):
     """[(Z, pos, cell, pbc)] -> a record of numpy arrays for each: what the cache stores and `collate` reads.
 
-    Atoms Z (A,), pos (A, 3); cell (3, 3); for every graph GRAPH.index (E, 2), source and target, and
-    GRAPH.offset (E, 3). An undirected main edge exists when either end chose it; only one direction of it is
-    stored.
+    Atoms Z (A,), pos (A, 3); cell (3, 3); for every graph GRAPH.index (E, 2), source and target, GRAPH.offset
+    (E, 3). An undirected main edge exists when either end chose it; only one direction of it is stored.
     """
     assert all(len(Z) <= MAX_ATOMS for Z, *_ in structures)
     wanted = {"main": (graph.max_neighbors, graph.cutoff)}
@@ -362,9 +346,8 @@ def edge_vectors(batch, name, dtype=torch.float32):
 def collate(records, edge_dropout=0.0, generator=None):
     """Records of a GraphDataset -> one batch, a dict of tensors; y and index, where they are given, (B,).
 
-    edge_dropout: probability of leaving out an edge (both directions of a main edge), for pre-training. What
-    a backbone sums over edges it multiplies by batch["edge_scale"], 1 / (1 - edge_dropout), so that the mean
-    stays.
+    edge_dropout: probability of leaving out an edge (both directions of a main edge), for pre-training. A
+    backbone multiplies sums over edges by batch["edge_scale"], 1 / (1 - edge_dropout), so the mean stays.
     """
     assert 0 <= edge_dropout < 1
     num_atoms = torch.tensor([len(r["Z"]) for r in records])
@@ -415,13 +398,14 @@ def tables(batch):
     """
     key, shift, atom = image_keys(batch)
     out = main_table(batch)
+    main = out["main.table"]
     if "a2ee2a.src" in batch:
-        out |= a2ee2a_table(batch, out["main.table"], key)
+        out["a2ee2a.table"], out["a2e.mask"] = triplet_table(batch, "a2ee2a", main, key)
     if "a2a.src" in batch:
         out |= a2a_table(batch)
     if "qint.src" in batch:
-        out |= qint_table(batch, out["main.table"], key)
-        out |= quadruplet_mask(batch, out["main.table"], key["main"], shift["qint"], atom)
+        out["qint.table"], out["qint.mask"] = triplet_table(batch, "qint", main, key)
+        out["quad.mask"] = quadruplet_mask(batch, main, key["main"], shift["qint"], atom)
     return out
 
 
@@ -469,28 +453,17 @@ def main_table(batch):
     return {"main.table": table, "main.slot": slot, "e2e.mask": real[:, :, None] & real[:, None, :] & other}
 
 
-def a2ee2a_table(batch, main, key):
-    """a2ee2a.table (A, K2). a2e.mask (A, K, K2): main edge c -> a, a2ee2a edge b -> a, two images."""
-    table, _ = incoming(batch["a2ee2a.dst"], len(batch["Z"]))
-    return {"a2ee2a.table": table, "a2e.mask": different_images(main, key["main"], table, key["a2ee2a"])}
-
-
-def qint_table(batch, main, key):
-    """qint.table (A, Kq). qint.mask (A, K, Kq): main edge c -> a, qint edge b -> a, two images."""
-    table, _ = incoming(batch["qint.dst"], len(batch["Z"]))
-    return {"qint.table": table, "qint.mask": different_images(main, key["main"], table, key["qint"])}
-
-
-def different_images(main, main_key, table, key):
-    real = (main < len(main_key))[:, :, None] & (table < len(key))[:, None, :]
-    return real & (look_up(main_key, main)[:, :, None] != look_up(key, table)[:, None, :])
+def triplet_table(batch, name, main, key):
+    """Table (A, K2) of a2ee2a or qint; mask (A, K, K2): main edge c -> a, edge b -> a of it, two images."""
+    table, _ = incoming(batch[f"{name}.dst"], len(batch["Z"]))
+    real = (main < len(key["main"]))[:, :, None] & (table < len(key[name]))[:, None, :]
+    return table, real & (look_up(key["main"], main)[:, :, None] != look_up(key[name], table)[:, None, :])
 
 
 def a2a_table(batch):
     """Pairs of atoms, whatever images: a2a.pair (E,), an edge's pair; a2a.pair_src (P,), that one's source.
 
-    a2a.table (A, N): pairs into every atom, padded with P; a2a.table_src (A, N): their sources, padded with
-    A.
+    a2a.table (A, N): pairs into every atom, padded with P; a2a.table_src (A, N): the sources, padded with A.
     """
     A = len(batch["Z"])
     pairs, pair = torch.unique(batch["a2a.dst"] * A + batch["a2a.src"], return_inverse=True)
@@ -501,7 +474,7 @@ def a2a_table(batch):
 
 
 def quadruplet_mask(batch, main, main_key, qint_shift, atom):
-    """quad.mask (Q, K, K): for a qint edge b -> a the main edges c -> a and d -> b, d being neither a nor c.
+    """(Q, K, K): for a qint edge b -> a the main edges c -> a and d -> b, d being neither a nor c.
 
     That c is not b is in qint.mask.
     """
@@ -510,7 +483,7 @@ def quadruplet_mask(batch, main, main_key, qint_shift, atom):
     d = image[b] + qint_shift[:, None]  # (Q, Kd): the image of d seen from a
     d_counts = real[b] & (d != atom[a][:, None])
     not_c = image[a][:, :, None] != d[:, None, :]  # (Q, Kc, Kd)
-    return {"quad.mask": d_counts[:, None, :] & real[a][:, :, None] & not_c}
+    return d_counts[:, None, :] & real[a][:, :, None] & not_c
 
 
 # ---------------------------------------------------------------- graphs on disk
@@ -520,32 +493,26 @@ class GraphDataset:
     """Graphs of all crystals, built once into one memory-mapped folder and read back one record at a time.
 
     The folder's name is the hash of the structures and the graph settings (labels play no part), so tasks on
-    the same structures share it. dataset[i] is build_graphs' record with index, y and, where there are any,
-    forces.
+    the same structures share it. dataset[i] is build_graphs' record with index, y and, if given, forces.
     """
 
     def __init__(self, crystals: Crystals, graph, cache_dir="", quiet=False):
-        self.crystals, self.ids, self.y = crystals, crystals.ids, crystals.y
+        self.crystals, self.y = crystals, crystals.y
         self.num_atoms = np.array([len(z) for z in crystals.Z])
         self.hashes = [structure_hash(*s) for s in zip(crystals.Z, crystals.pos, crystals.cell)]
         settings = json.dumps({"version": CACHE_VERSION, **asdict(graph)}, sort_keys=True)
         key = hashlib.sha256(("\n".join(self.hashes) + settings).encode()).hexdigest()[:24]
         self.folder = cache_folder(cache_dir) / f"graphs-{key}"
         cached_folder(self.folder, lambda folder: self._build(folder, graph, quiet))
-        self.meta = json.loads((self.folder / "meta.json").read_text())
-        with np.load(self.folder / "starts.npz") as stored:
-            self.starts = dict(stored)
-        self.fields = self._map()
 
     def __len__(self):
-        return len(self.ids)
+        return len(self.y)
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        record = {}
-        for name, flat in self.fields.items():
-            a, b = self.starts[name][i : i + 2]
-            record[name] = np.array(flat[a:b])
+        record = {
+            name: np.array(flat[start[i] : start[i + 1]]) for name, (flat, start) in self.fields.items()
+        }
         record["index"], record["y"] = i, self.y[i]
         if self.crystals.forces is not None:
             record["forces"] = self.crystals.forces[i]
@@ -554,55 +521,36 @@ class GraphDataset:
     def __getstate__(self):  # a worker process maps the files again: pickling a memory map would copy it
         return {k: v for k, v in self.__dict__.items() if k != "fields"}
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.fields = self._map()
+    @cached_property
+    def fields(self):
+        """{name: (its values of all crystals in order, (M + 1,) where each crystal's begin)}."""
+        fields = {}
+        with np.load(self.folder / "starts.npz") as starts:
+            for name, (dtype, *shape) in json.loads((self.folder / "meta.json").read_text()).items():
+                start = starts[name]
+                shape = (int(start[-1]), *shape)
+                if 0 in shape:  # an empty file cannot be mapped
+                    flat = np.zeros(shape, dtype)
+                else:
+                    flat = np.memmap(self.folder / f"{name}.bin", dtype, mode="r", shape=shape)
+                fields[name] = flat, start
+        return fields
 
     def _build(self, folder: Path, graph, quiet):
         """NAME.bin: a field of all crystals in order; starts.npz: where each begins; meta.json: its type."""
-        files, meta, counts = {}, {}, {}
-        with contextlib.ExitStack() as stack:
-            for record in self._records(graph, quiet):
-                for name, value in record.items():
-                    if name not in files:
-                        files[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
-                        meta[name] = {"dtype": value.dtype.str, "shape": value.shape[1:]}
-                        counts[name] = [0]
-                    files[name].write(value.astype(meta[name]["dtype"]).tobytes())
-                    counts[name].append(len(value))
-        assert all(len(count) == len(self) + 1 for count in counts.values())
+        c, meta, counts = self.crystals, {}, {}
+        chunks = batch_indices(self.num_atoms, range(len(self)), len(self), max_atoms=512)
+        for chunk in progress(chunks, "graphs", quiet):
+            try:
+                records = build_graphs([(c.Z[i], c.pos[i], c.cell[i], bool(c.pbc[i])) for i in chunk], graph)
+            except UserError as error:
+                ids = " to ".join(dict.fromkeys([c.ids[chunk[0]], c.ids[chunk[-1]]]))
+                raise UserError(f"{c.task.dataset}, id {ids}: {error}") from None
+            for name, first in records[0].items():
+                values = [record[name] for record in records]
+                with open(folder / f"{name}.bin", "ab") as f:
+                    f.writelines(v.tobytes() for v in values)
+                meta[name] = [first.dtype.str, *first.shape[1:]]
+                counts.setdefault(name, [0]).extend(map(len, values))
         np.savez(folder / "starts.npz", **{name: np.cumsum(count) for name, count in counts.items()})
         (folder / "meta.json").write_text(json.dumps(meta))
-
-    def _records(self, graph, quiet):
-        c = self.crystals
-        for chunk in progress(list(chunks(self.num_atoms)), "graphs", quiet):
-            try:
-                yield from build_graphs([(c.Z[i], c.pos[i], c.cell[i], bool(c.pbc[i])) for i in chunk], graph)
-            except UserError as error:
-                ids = " to ".join(dict.fromkeys([self.ids[chunk[0]], self.ids[chunk[-1]]]))
-                raise UserError(f"{c.task.dataset}, id {ids}: {error}") from None
-
-    def _map(self):
-        fields = {}
-        for name, m in self.meta.items():
-            shape = (int(self.starts[name][-1]), *m["shape"])
-            path = self.folder / f"{name}.bin"
-            if np.prod(shape):
-                fields[name] = np.memmap(path, dtype=m["dtype"], mode="r", shape=shape)
-            else:  # an empty file cannot be mapped
-                fields[name] = np.zeros(shape, dtype=m["dtype"])
-        return fields
-
-
-def chunks(num_atoms, most=512):
-    """Consecutive positions, about `most` atoms at a time."""
-    chunk, atoms = [], 0
-    for i, n in enumerate(num_atoms):
-        if chunk and atoms + n > most:
-            yield chunk
-            chunk, atoms = [], 0
-        chunk.append(i)
-        atoms += n
-    if chunk:
-        yield chunk

@@ -42,31 +42,34 @@ def find_source(task: Task) -> Path:
     """The file or folder that holds the task's rows. Looked for in this order: the path that the task names,
     MATMINER_DATA, datasets/ beside this file, matminer's own folder, matminer's download."""
     name = task.dataset
+    if name.startswith("demo:"):
+        return Path(importlib.util.find_spec("demo").origin)
     if not name:
         raise UserError(f"task {task.name}: no data; name a matminer data set, a file or a folder")
     with reading(name, "the name of a file or a folder", "name another"):
         path = Path(name).expanduser()
         if path.exists():
             return path
-    if path.name != name or Path(path.name.removesuffix(".gz")).suffix in {*KINDS, ".csv"}:
+    if path.name != name or Path(path.name.removesuffix(".gz")).suffix in {*READERS, ".csv"}:
         raise MissingError(f"{name}: no such file or folder (task {task.name})")
     homes = data_homes()
     for home in homes:
-        for suffix in (".json.gz", ".json"):
-            if (home / (name + suffix)).exists():
-                return home / (name + suffix)
+        for path in (home / f"{name}.json.gz", home / f"{name}.json"):
+            if path.exists():
+                return path
     home = homes[0] if os.environ.get("MATMINER_DATA") else homes[-1]
-    why = fetch(name, home / f"{name}.json.gz")
+    path = home / f"{name}.json.gz"
+    why = fetch(name, path)
     if not why:
-        return home / f"{name}.json.gz"
-    here, offered = home / "tasks.json", False
+        return path
+    here, other = home / "tasks.json", ""
     with contextlib.suppress(UserError):
-        offered = here.exists() and task.name in read_tasks(here)
+        if task.name in read_tasks(here):
+            other = f"; {here} offers {task.name} from another file: pass --tasks {here}"
     where = " or ".join(map(str, homes))
     raise MissingError(
-        f"data set '{name}' is not in {where} and cannot be downloaded ({why}); put {name}.json.gz there, "
-        "set MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo)"
-        + (f"; {here} offers {task.name} from another file: pass --tasks {here}" if offered else "")
+        f"data set '{name}' is not in {where} and cannot be downloaded ({why}); put {path.name} there, set "
+        f"MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo){other}"
     )
 
 
@@ -82,25 +85,21 @@ def fetch(name, path: Path) -> str:
     """Download a matminer data set by matminer's own address and hash. Returns "" or why it did not work."""
     try:
         from matminer.datasets import get_dataset_attribute
+
+        url, sha256 = get_dataset_attribute(name, "url"), get_dataset_attribute(name, "hash")
     except ImportError:
         return "matminer is not installed"
-    try:
-        url, sha256 = get_dataset_attribute(name, "url"), get_dataset_attribute(name, "hash")
     except (ValueError, KeyError):
         return "matminer does not know it"
-    import http.client
     import urllib.request
 
-    def download(f):
+    def download(file):
         digest = hashlib.sha256()
         request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
-        try:
-            with urllib.request.urlopen(request, timeout=15) as response:
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    f.write(block)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: {getattr(error, 'reason', None) or error}") from None
+        with reading(url, "a data set"), urllib.request.urlopen(request, timeout=15) as response:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
         if digest.hexdigest() != sha256:
             raise UserError(f"{url} does not have the hash that matminer expects")
 
@@ -115,37 +114,33 @@ def fetch(name, path: Path) -> str:
 
 # ---------------------------------------------------------------- files and folders
 
-KINDS = {  # ending of a file's name: its reader below
-    ".cif": "cif", ".vasp": "poscar", ".poscar": "poscar", ".json": "json", ".xyz": "xyz", ".extxyz": "xyz",
-    ".mcif": "cif",
-}  # fmt: skip
 LARGEST = 2**25  # bytes of a structure's file, unpacked, or of a table's row: 1 kB for each of 32,000 atoms
 
 
-def kind(path: Path) -> str:
-    """A value of KINDS by the file's name, packed or not; "" for all others."""
+def reader(path: Path):
+    """The function of READERS for a file of that name, packed or not; None for all others."""
     name = path.name.lower().removesuffix(".gz")
-    return KINDS.get(Path(name).suffix, "poscar" if name.startswith(("poscar", "contcar")) else "")
+    return READERS.get(Path(name).suffix, poscar_rows if name.startswith(("poscar", "contcar")) else None)
 
 
 def structure_name(path: Path) -> str:
-    """The file's name without the endings that kind() knows."""
-    name = path.name.removesuffix(".gz") if kind(path) else path.name
-    return name.removesuffix(Path(name).suffix) if Path(name).suffix.lower() in KINDS else path.name
+    """The file's name without the endings that reader() knows."""
+    name = path.name.removesuffix(".gz") if reader(path) else path.name
+    return name.removesuffix(Path(name).suffix) if Path(name).suffix.lower() in READERS else path.name
 
 
-def open_text(path: Path):
+def open_text(path: Path, errors="strict"):
     opened = gzip.open if path.suffix.lower() == ".gz" else open
-    return opened(path, "rt", encoding="utf-8")
+    return opened(path, "rt", encoding="utf-8", errors=errors)
 
 
 def file_text(path: Path) -> str:
     """The text of a file of one structure. Its size is bounded before memory is spent."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as f:
+    with open_text(path, errors="replace") as f:
         text = f.read(LARGEST + 1)
     if len(text) > LARGEST:
         raise UserError(f"{path}: larger than {LARGEST >> 20} MiB, too large for one structure")
-    return text.decode("utf-8", errors="replace")
+    return text
 
 
 def list_files(path: Path):
@@ -162,33 +157,36 @@ def list_files(path: Path):
 
 def source_rows(path: Path, listed, task):
     """(structure or Skip, values) of every row. path, listed: of list_files."""
-    if path.is_file() and kind(path) in ("json", "xyz"):  # a table by itself
-        yield from READERS[kind(path)](path, task)
-        return
-    for file, values in listed:
-        if path.suffix.lower() == ".csv":
-            yield only_structure(file, task), values
-        else:
-            yield from ((structure, dict(values)) for structure in structures_in(file, task))
+    if task.dataset.startswith("demo:"):
+        yield from demo_rows(task.dataset.removeprefix("demo:"))
+    elif path.is_file() and reader(path) in (table_rows, xyz_rows):  # a table by itself
+        yield from reader(path)(path, task)
+    else:
+        for file, values in listed:
+            structures = structures_in(file, task)
+            if path.suffix.lower() == ".csv":
+                structures = [only_one(structures, file)]
+            yield from ((structure, values) for structure in structures)
 
 
 def structures_in(file, task):
     """Every structure of a file; a Skip in place of each that cannot be read, at least one in all."""
-    found = 0
+    if isinstance(file, Skip):
+        yield file
+        return
+    found = False
     try:
-        for structure, _ in [(file, {})] if isinstance(file, Skip) else READERS[kind(file)](file, task):
-            found += 1
+        for structure, _ in reader(file)(file, task):
+            found = True
             yield structure
-    except UserError as error:
-        yield unreadable(file, error)
-    else:
         if not found:
             yield Skip(f"unreadable structure: none in {file.name}")
+    except UserError as error:
+        yield unreadable(file, error)
 
 
-def only_structure(file, task):
+def only_one(structures, file):
     """The structure of a file that a row of a table names."""
-    structures = structures_in(file, task)
     first, more = next(structures), sum(1 for _ in structures)
     if more:
         return Skip(f"several structures: {1 + more} in {file.name}; a row takes a file of one")
@@ -204,7 +202,7 @@ def readable(file: Path):
     if not file.is_file():
         return Skip(f"file kind: {'a link to a folder' if file.is_dir() else 'not a regular file'}")
     ending = file.suffix or file.name
-    return file if kind(file) else Skip(f"file kind: {ending} is not CIF, POSCAR, JSON or xyz")
+    return file if reader(file) else Skip(f"file kind: {ending} is not CIF, POSCAR, JSON or xyz")
 
 
 def demo_rows(name):
@@ -222,7 +220,7 @@ def demo_rows(name):
 def folder_files(folder: Path):
     """[(file or Skip, values)] of all that is in a bare folder and the folders in it, hidden ones aside."""
     paths = list(walk(folder))
-    if not any(kind(path) for path in paths):
+    if not any(map(reader, paths)):
         raise UserError(f"{folder}: no structures (CIF, POSCAR, JSON, xyz) and no targets.csv in it")
     names = [path.relative_to(folder) for path in paths]
     short = [str(name.with_name(structure_name(name))) for name in names]
@@ -304,14 +302,14 @@ def column_names(names, path) -> list:
 
 def find_structure(folder: Path, name: str):
     """folder/name, or the first of name + a known ending that is a file; else a Skip."""
-    endings = ["", *KINDS, *(f"{ending}.gz" for ending in KINDS)] if name else []
+    endings = ["", *READERS, *(f"{ending}.gz" for ending in READERS)] if name else []
     try:
         found = [folder / (name + ending) for ending in endings if (folder / (name + ending)).is_file()]
     except (OSError, ValueError) as error:  # longer than names can be, or with a character they cannot have
         return Skip(f"unreadable structure: no file {name[:60]}: {getattr(error, 'strerror', None) or error}")
     if not found:
         return Skip(f"unreadable structure: no file {name or 'named'}")
-    return next((path for path in found if kind(path)), None) or readable(found[0])
+    return next(filter(reader, found), None) or readable(found[0])
 
 
 def xyz_rows(path: Path, task=None):
@@ -329,27 +327,25 @@ def xyz_rows(path: Path, task=None):
             raise ValueError("a blank line, and text after it")
 
 
-def table_rows(path: Path, task, block=1 << 22):
+def table_rows(path: Path, task):
     """A table in JSON: pandas orient="split" (matminer, Matbench) or records; or pymatgen structures."""
-    named = None  # the column with structures
-    for row in json_rows(path, block):
+    column = None  # the one with structures
+    for row in json_rows(path):
         if not isinstance(row, dict):
             yield row if isinstance(row, Skip) else Skip(f"no structure: {str(row)[:40]}"), {}
-        elif "sites" in row:
+            continue
+        if "sites" in row:
             yield row, {"id": row["id"]} if "id" in row else {}
-        else:
-            named = named or structure_column(path, row, task)
-            yield row.pop(named, None), row
-
-
-def structure_column(path, row, task) -> str:
-    column = task.structure_column
-    if column == "structure" and column not in row and "molecule" in row:
-        return "molecule"
-    if column not in row:
-        cure = "name it with --structure-column"
-        raise UserError(f"{path}: no column '{column}' with structures (columns: {', '.join(row)}); {cure}")
-    return column
+            continue
+        if column is None:
+            column = task.structure_column
+            if column == "structure" and column not in row and "molecule" in row:
+                column = "molecule"
+            if column not in row:
+                there = f"columns: {', '.join(row)}"
+                cure = "name it with --structure-column"
+                raise UserError(f"{path}: no column '{column}' with structures ({there}); {cure}")
+        yield row.pop(column, None), row
 
 
 def json_rows(path: Path, block=1 << 22, columns=None):
@@ -362,6 +358,7 @@ def json_rows(path: Path, block=1 << 22, columns=None):
         text, structure, late = JsonText(f, block), {}, False
         if text.peek() == "[":
             yield from text.items()
+            text.end()
             return
         text.pass_by("{")
         while text.peek(" \t\r\n,") != "}":
@@ -377,6 +374,8 @@ def json_rows(path: Path, block=1 << 22, columns=None):
             else:
                 value = text.take()
                 structure |= {key: value} if key in ("sites", "lattice") else {}
+        text.pass_by("}")
+        text.end()
         if "sites" in structure:
             yield structure | {"id": structure_name(path)}
         elif columns is None:
@@ -416,12 +415,17 @@ class JsonText:
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():
-                raise ValueError("it ends too early")
+                raise EOFError("it ends too early")
 
     def pass_by(self, character):
         if self.peek() != character:
             raise ValueError(f"'{self.peek()}' where '{character}' should be")
         self.at += 1
+
+    def end(self):
+        """Raises ValueError where there is more."""
+        with contextlib.suppress(EOFError):
+            raise ValueError(f"'{self.peek()}' after its end; one table or structure a file")
 
     def take(self):
         """The next value. What ends with the text in memory may go on in the file."""
@@ -550,7 +554,10 @@ def symmetry_problem(block: dict, said, operations) -> str:
     return ""
 
 
-READERS = {"cif": cif_rows, "poscar": poscar_rows, "json": table_rows, "xyz": xyz_rows}
+READERS = {
+    ".cif": cif_rows, ".vasp": poscar_rows, ".poscar": poscar_rows, ".json": table_rows, ".xyz": xyz_rows,
+    ".extxyz": xyz_rows, ".mcif": cif_rows,
+}  # fmt: skip
 
 
 def in_memory(structure):

@@ -50,23 +50,24 @@ POOLINGS = ("mean", "sum", "max")
 ID_COLUMNS = ("id", "material_id", "mpid", "jid", "qm9_index", "source_id", "likely_mpid", "task")
 DERIVED = {f"dielectric {f}": [f"epsilon_{k} {f}" for k in "xyz"] for f in ("opt", "tbmbj")}  # means
 MP, JARVIS = "CC BY 4.0 (Materials Project)", "NIST, free use (JARVIS-DFT)"  # licences
-RICCI, EPS = "ricci_boltztrap_mp_tabular", "relative permittivity"
+RICCI, DFPT, J3D = "ricci_boltztrap_mp_tabular", "phonon_dielectric_mp", "jarvis_dft_3d"
+PIEZO, EPS = "piezoelectric_tensor", "relative permittivity"
 
 
 def _table(role, license, rows, **common):
     """Rows (name, paper's row, dataset, column, unit[, transform]) -> {name: Task}."""
     tasks = {}
-    for name, paper, dataset, column, unit, *rest in rows:
-        change = rest[0] if rest else "none"
-        values = dict(unit=unit, transform=change, role=role, paper=paper, license=license)
-        tasks[name] = Task(name, dataset, column, **values, **common)
+    for name, paper, dataset, column, unit, *change in rows:
+        values = dict(unit=unit, transform=change[0] if change else "none", role=role, paper=paper)
+        tasks[name] = Task(name, dataset, column, license=license, **values, **common)
     return tasks
 
 
+MOLECULES = {"pooling": "sum", "structure_column": "molecule"}
 FORCE_FIELD = Task("", "", "energy", unit="eV", pooling="sum", role="pretrain", forces_column="forces")
 
-# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli and
-# dielectric constant and the effective masses that is inferred from the published means.
+# Which targets are logged, and how, follows Chang et al. 2022, whose sets these are. For the JARVIS moduli
+# and dielectric constant and the effective masses that is inferred from the published means.
 TASKS = {
     **_table("hub", MP, [
         ("mp_eform", "MP Formation Energy", "matbench_mp_e_form", "e_form", "eV/atom"),
@@ -86,11 +87,11 @@ TASKS = {
         ("castelli_eform", "Perovskite Formation Energy", "castelli_perovskites", "e_form", "eV/cell"),
     ]),
     **_table("hub", JARVIS, [
-        ("jarvis_eform", "JARVIS Formation Energy", "jarvis_dft_3d", "e_form", "eV/atom"),
-        ("jarvis_bandgap", "JARVIS Band Gap", "jarvis_dft_3d", "gap opt", "eV"),
-        ("jarvis_dielectric_opt", "JARVIS Dielectric Constant", "jarvis_dft_3d", "dielectric opt", EPS, "log"),
-        ("jarvis_gvrh", "JARVIS Shear Modulus", "jarvis_dft_3d", "shear modulus", "GPa", "log"),
-        ("jarvis_kvrh", "JARVIS Bulk Modulus", "jarvis_dft_3d", "bulk modulus", "GPa", "log"),
+        ("jarvis_eform", "JARVIS Formation Energy", J3D, "e_form", "eV/atom"),
+        ("jarvis_bandgap", "JARVIS Band Gap", J3D, "gap opt", "eV"),
+        ("jarvis_dielectric_opt", "JARVIS Dielectric Constant", J3D, "dielectric opt", EPS, "log"),
+        ("jarvis_gvrh", "JARVIS Shear Modulus", J3D, "shear modulus", "GPa", "log"),
+        ("jarvis_kvrh", "JARVIS Bulk Modulus", J3D, "bulk modulus", "GPa", "log"),
     ]),
     **_table("downstream", "MIT (Chang et al. 2022; Kingsbury et al.)", [
         ("expt_bandgap", "Experimental Band Gap", "expt_gap_kingsbury", "expt_gap", "eV"),
@@ -101,34 +102,27 @@ TASKS = {
         ("jarvis_2d_eform", "2D Formation Energy", "jarvis_dft_2d", "e_form", "eV/atom"),
         ("jarvis_2d_exfoliation", "Exfoliation Energy", "jarvis_dft_2d", "exfoliation_en", "meV/atom"),
         ("jarvis_2d_gap_opt", "2D Band Gap", "jarvis_dft_2d", "gap opt", "eV"),
-        ("jarvis_3d_eps_tbmbj", "3D Poly Electronic", "jarvis_dft_3d", "dielectric tbmbj", EPS),
-        ("jarvis_3d_gap_tbmbj", "3D Band Gap", "jarvis_dft_3d", "gap tbmbj", "eV"),
+        ("jarvis_3d_eps_tbmbj", "3D Poly Electronic", J3D, "dielectric tbmbj", EPS),
+        ("jarvis_3d_gap_tbmbj", "3D Band Gap", J3D, "gap tbmbj", "eV"),
     ]),
     **_table("downstream", MP, [
         ("mp_dielectric", "Refractive Index", "matbench_dielectric", "n", "refractive index", "log"),
         ("mp_elastic_anisotropy", "Elastic Anisotropy", "elastic_tensor_2015", "elastic_anisotropy", ""),
-        ("mp_eps_electronic", "Electronic Dielectric Constant", "phonon_dielectric_mp", "eps_electronic", EPS, "log"),
-        ("mp_eps_total", "Dielectric Constant", "phonon_dielectric_mp", "eps_total", EPS, "log"),
+        ("mp_eps_electronic", "Electronic Dielectric Constant", DFPT, "eps_electronic", EPS, "log"),
+        ("mp_eps_total", "Dielectric Constant", DFPT, "eps_total", EPS, "log"),
         ("mp_phonons", "Phonons Mode Peak", "matbench_phonons", "last phdos peak", "1/cm", "log"),
         ("mp_poisson_ratio", "Poisson Ratio", "elastic_tensor_2015", "poisson_ratio", ""),
         ("mp_poly_electronic", "Poly Electronic", "dielectric_constant", "poly_electronic", EPS),
         ("mp_poly_total", "Poly Total", "dielectric_constant", "poly_total", EPS),
-        ("piezoelectric_tensor", "Piezoelectric Modulus", "piezoelectric_tensor", "eij_max", "C/m^2", "log1p"),
+        ("piezoelectric_tensor", "Piezoelectric Modulus", PIEZO, "eij_max", "C/m^2", "log1p"),
     ]),
     **_table("hub", "published for free use (QM9)", [
-        ("qm9_mu", "", "qm9", "mu", "D"),
-        ("qm9_alpha", "", "qm9", "alpha", "a0^3"),
-        ("qm9_homo", "", "qm9", "homo", "eV"),
-        ("qm9_lumo", "", "qm9", "lumo", "eV"),
-        ("qm9_gap", "", "qm9", "gap", "eV"),
-        ("qm9_r2", "", "qm9", "r2", "a0^2"),
-        ("qm9_zpve", "", "qm9", "zpve", "eV"),
-        ("qm9_u0_atom", "", "qm9", "u0_atom", "eV"),
-        ("qm9_u298_atom", "", "qm9", "u298_atom", "eV"),
-        ("qm9_h298_atom", "", "qm9", "h298_atom", "eV"),
-        ("qm9_g298_atom", "", "qm9", "g298_atom", "eV"),
-        ("qm9_cv", "", "qm9", "cv", "cal/mol/K"),
-    ], pooling="sum", structure_column="molecule"),
+        (f"qm9_{column}", "", "qm9", column, unit) for column, unit in [
+            ("mu", "D"), ("alpha", "a0^3"), ("homo", "eV"), ("lumo", "eV"), ("gap", "eV"), ("r2", "a0^2"),
+            ("zpve", "eV"), ("u0_atom", "eV"), ("u298_atom", "eV"), ("h298_atom", "eV"),
+            ("g298_atom", "eV"), ("cv", "cal/mol/K"),
+        ]
+    ], **MOLECULES),
     **_table("extra", MP, [  # outside the paper's tables
         ("n_power_factor", "", "boltztrap_mp", "pf_n", "uW/cm/K^2"),
         ("p_power_factor", "", "boltztrap_mp", "pf_p", "uW/cm/K^2"),
@@ -146,12 +140,12 @@ TASKS = {
         ("mp_2018_megnet", "", "mp_2018_megnet", "e_form", "eV/atom"),
         ("carbon_24", "", "carbon_24", "energy_per_atom", "eV/atom"),
     ]),
-    **_table("pretrain", "", [("qm9", "", "qm9", "u0_atom", "eV")], pooling="sum", structure_column="molecule"),
-    # Energies and forces. Rows of one task share a zero of energy (one code, functional and set of references).
+    **_table("pretrain", "", [("qm9", "", "qm9", "u0_atom", "eV")], **MOLECULES),
+    # Energies and forces. Rows of one task share a zero of energy: one code, functional and references.
     **{
         name: replace(FORCE_FIELD, name=name, dataset=dataset, structure_column=structure, subset=subset)
         for name, dataset, structure, subset in [
-            ("ff_mattersim_benchmarks", "ff_mattersim_benchmarks", "structure", ""),  # all of it: PBE(+U), VASP
+            ("ff_mattersim_benchmarks", "ff_mattersim_benchmarks", "structure", ""),  # all: PBE(+U), VASP
             ("ff_mptrj", "ff_mattersim_benchmarks", "structure", "mptrj-random-1k;mptrj-highest-stress-1k"),
             ("ff_alexandria", "ff_mattersim_benchmarks", "structure", "alexandria-random-1k"),
             ("ff_mattersim", "ff_mattersim_benchmarks", "structure", "mpf-TP;mpf-alkali-TP;random-TP"),
@@ -174,15 +168,18 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
     """
     overrides = {k: v for k, v in overrides.items() if v not in ("", None)}
     if data == "demo":
-        return replace(demo_task(name), **overrides)
-    tasks = read_tasks(tasks_file) if tasks_file else {}
-    if not name and not data:
-        raise UserError("--task is missing: a name in the task table (tasks.TASKS) or in --tasks FILE")
-    known = tasks.get(name) or known_task(name, tasks)
+        tasks = demo_tasks()
+        known = tasks.get(name) or tasks.get(f"demo_{name}")
+        if not known:
+            have = ", ".join(tasks)
+            raise UserError(f"--task {name}: the embedded crystals have no such task; they have {have}")
+        return replace(known, **overrides)
+    own = read_tasks(tasks_file) if tasks_file else {}
+    known = known_task(name, TASKS | own)
     if data:
         known = replace(known or Task(name or Path(data).resolve().name.split(".")[0]), dataset=str(data))
     elif known is None:
-        offered = [*tasks, *TASKS, *ALIASES]
+        offered = [*own, *TASKS, *ALIASES]
         near = ", ".join(difflib.get_close_matches(name, offered, 4, 0.4) or offered[:4])
         where = f"{tasks_file} and the task table" if tasks_file else "the task table"
         cure = "for data of your own pass --tasks FILE or --data PATH"
@@ -190,24 +187,22 @@ def get_task(name: str, tasks_file="", data="", **overrides) -> Task:
     return replace(known, **overrides)
 
 
-def known_task(name, tasks=()) -> Task | None:
-    """The entry of `tasks` or TASKS under a name, an alias, or its lower-case form, as modules are named."""
-    name = ALIASES.get(name, name)
-    name = {k.lower(): k for k in [*TASKS, *tasks]}.get(name.lower(), name)
-    return dict(tasks).get(name) or TASKS.get(name)
+def known_task(name, tasks) -> Task | None:
+    """The entry of `tasks` under a name, an alias, or its lower-case form, as modules are named."""
+    lower = {key.lower(): task for key, task in tasks.items()}
+    return tasks.get(name) or tasks.get(ALIASES.get(name)) or lower.get(name.lower())
 
 
-def demo_task(name) -> Task:
-    """A task of the embedded crystals; its name may leave out the prefix "demo_"."""
+def demo_tasks() -> dict:
+    """{name: Task} of the embedded crystals."""
     import demo
 
-    full = name if name in demo.TASKS else f"demo_{name}"
-    if full not in demo.TASKS:
-        have = ", ".join(demo.TASKS)
-        raise UserError(f"--task {name}: the embedded crystals have no such task; they have {have}")
-    known = {k: v for k, v in demo.TASKS[full].items() if k in Task.__dataclass_fields__}
-    forces = "forces" if known["role"] == "pretrain" else ""
-    return Task(full, f"demo:{full}", "target", forces_column=forces, license="MIT", **known)
+    tasks = {}
+    for name, row in demo.TASKS.items():
+        forces = "forces" if row["role"] == "pretrain" else ""
+        values = {key: row[key] for key in ("unit", "pooling", "role", "note")}
+        tasks[name] = Task(name, f"demo:{name}", "target", forces_column=forces, license="MIT", **values)
+    return tasks
 
 
 def read_tasks(path) -> dict:
@@ -217,42 +212,32 @@ def read_tasks(path) -> dict:
     """
     form = 'a tasks file, {"name": {"data": a file, a folder or a matminer name, "unit": "eV", ...}}'
     entries = read_json(path, form)
-    if not isinstance(entries, dict):
-        raise UserError(f"--tasks {path}: not {form}")
     with reading(f"--tasks {path}", form):
         return {name: read_entry(name, entry, Path(path)) for name, entry in entries.items()}
 
 
 def read_entry(name, entry, path: Path) -> Task:
     """One entry of the tasks file `path`."""
-    keys = [f.name for f in fields(Task)][2:]
     if not isinstance(entry, dict) or not entry.get("data"):
         form = 'an object with "data": a file, a folder or a matminer name'
         raise UserError(f"--tasks {path}: entry '{name}' should be {form}")
-    strange = ", ".join(sorted(set(entry) - {"data", *keys}))
-    if strange:
-        raise UserError(
-            f"--tasks {path}: '{name}' has unknown keys {strange}; known: data, {', '.join(keys)}"
-        )
+    known = ["data", *(f.name for f in fields(Task) if f.name not in ("name", "dataset"))]
     for key, value in entry.items():
+        if key not in known:
+            raise UserError(f"--tasks {path}: '{name}' has unknown keys {key}; known: {', '.join(known)}")
         if not isinstance(value, str):
             raise UserError(f"--tasks {path}: '{name}' has {key} {value!r}; it should be a word in quotes")
     source = entry["data"]
     if (path.parent / source).exists() or "/" in source or "." in source:  # else a matminer name
         source = str(path.parent / Path(source).expanduser())
     values = {k: v for k, v in entry.items() if k != "data"}
-    return replace(known_task(name) or Task(name), name=name, dataset=source, **values)
+    return replace(known_task(name, TASKS) or Task(name), name=name, dataset=source, **values)
 
 
 def task_names(role: str, tasks_file="", data="") -> list:
     """Names of the tasks of one role, of the embedded crystals, the tasks file or TASKS."""
-    if data == "demo":
-        import demo
-
-        return [name for name, task in demo.TASKS.items() if task["role"] == role]
-    return [
-        name for name, task in (read_tasks(tasks_file) if tasks_file else TASKS).items() if task.role == role
-    ]
+    tasks = demo_tasks() if data == "demo" else read_tasks(tasks_file) if tasks_file else TASKS
+    return [name for name, task in tasks.items() if task.role == role]
 
 
 def unit_of(task: Task) -> str:
@@ -266,8 +251,8 @@ def transform(task: Task, raw):
     """Raw values in task.unit -> labels in unit_of(task). Values without a logarithm become NaN."""
     forward, _, above = TRANSFORMS[task.transform]
     raw = np.asarray(raw, dtype=np.float64)
-    usable = raw > above
-    y = np.where(usable, forward(np.where(usable, raw, above + 1 if np.isfinite(above) else raw)), np.nan)
+    with np.errstate(all="ignore"):
+        y = np.where(raw > above, forward(raw), np.nan)
     return y if y.ndim else float(y)
 
 

@@ -123,6 +123,8 @@ def test_ids_are_kept_unique_and_can_be_written_and_missing_ones_are_the_row(tmp
         ("", "not a table in JSON .*ends too early"),
         ("[" * 100000, "not a table in JSON .RecursionError"),
         ('[{"structure": ' + "[" * 100000, "not a table in JSON .RecursionError"),
+        ('{"sites": []}\n{"sites": []}\n', "not a table in JSON .*'{' after its end"),  # JSON lines
+        ('[{"structure": null}]\n5', "not a table in JSON .*'5' after its end"),
     ],
 )
 def test_json_of_another_shape_is_refused_in_one_line(tmp_path, text, message):
@@ -627,6 +629,10 @@ BAD = {
     "cell of zero volume": {
         "lattice": {"matrix": [[4, 0, 0], [0, 4, 0], [4, 4, 0]]},
         "sites": [site("Na", (0, 0, 0))],
+    },
+    "cell too skewed": {  # another cell of a simple cubic crystal
+        "lattice": {"matrix": [[3, 45, 87], [-6, -87, -210], [0, 0, 3]]},
+        "sites": [site("Po", (0, 0, 0))],
     },
 }
 
