@@ -491,8 +491,7 @@ def downstream_tasks(cfg):
     here, left_out = [], []
     for name in task_names("downstream", cfg.tasks, cfg.data):
         try:
-            if cfg.data != "demo":
-                find_source(get_task(name, cfg.tasks, cfg.data))
+            find_source(get_task(name, cfg.tasks, cfg.data))
             here.append(name)
         except MissingError as error:
             left_out.append(name)

@@ -78,7 +78,7 @@ def from_structures(structures, y=None, ids=None, name="structures", **fields) -
         columns[what] = values = values.tolist() if hasattr(values, "tolist") else list(values)
         if len(values) != len(structures):
             raise UserError(f"{what}: {len(values)} values for {len(structures)} structures")
-    task = Task(name, target_column="target", **fields)
+    task = Task(name, target_column="target", **{"pooling": "mean", **fields})
     values = [dict(zip(columns, row)) for row in zip(*columns.values())]
     rows = collect(zip(map(in_memory, structures), values), task, quiet=True)
     return pick_rows(task, name, rows, need_target=y is not None)
@@ -316,15 +316,20 @@ def unique_ids(columns, task, R) -> list:
     given = columns[name] if name else [None] * R
     given = [int(v) if isinstance(v, float) and v.is_integer() else v for v in given]
     given = [str(i if v is None or v != v or v == "" else v) for i, v in enumerate(given)]  # v != v: NaN
-    taken, times, ids = set(given), Counter(), []
-    for value in given:
+    return unique(given)
+
+
+def unique(words) -> list:
+    """The second of equal words is "word#2", and so on."""
+    taken, times, found = set(words), Counter(), []
+    for value in words:
         times[value] += 1
         number = times[value]
         while number > 1 and f"{value}#{number}" in taken:
             number += 1
-        ids.append(value if number == 1 else f"{value}#{number}")
-        taken.add(ids[-1])
-    return ids
+        found.append(value if number == 1 else f"{value}#{number}")
+        taken.add(found[-1])
+    return found
 
 
 def split_words(rows) -> list:
@@ -362,16 +367,16 @@ def as_numbers(values):
 
 
 def resolve_target(task, rows):
-    """Fill an empty target_column where the table leaves no doubt."""
+    """Fill an empty target_column where the table leaves no doubt, and an empty pooling."""
     if task.target_column:
-        return task
+        return replace(task, pooling=task.pooling or "mean")
     columns = rows["columns"]
     numbers = [name for name, values in columns.items() if not is_text(values) and name not in ID_COLUMNS]
     choice = next((n for n in ("target", "energy") if n in columns), numbers[0] if len(numbers) == 1 else "")
+    total = choice == "energy" and not task.unit
+    unit, pooling = ("eV", "sum") if total else (task.unit, "mean")
     forces = "forces" if "forces" in rows else ""
-    if choice == "energy" and not task.unit:
-        task = replace(task, unit="eV", pooling="sum")
-    return replace(task, target_column=choice, forces_column=forces)
+    return replace(task, target_column=choice, forces_column=forces, unit=unit, pooling=task.pooling or pooling)
 
 
 def labels(task, source, rows, need_target):

@@ -22,7 +22,7 @@ import numpy as np
 
 import hub
 from card import physical_unit
-from crystals import Crystals, SYMBOLS, from_structures, load_crystals
+from crystals import SYMBOLS, Crystals, from_structures, load_crystals, unique
 from data import GraphConfig, GraphDataset
 from model import PropertyModel
 from tasks import Task, inverse
@@ -131,15 +131,6 @@ def read_inputs(cfg, card, cache):
     joined["ids"] = unique([name(path, i) for path, c in parts for i in c.ids])
     first = parts[0][1]
     return replace(first, **joined, split=None, forces=None, skipped=skipped, fingerprint="", num_rows=0), skipped
-
-
-def unique(ids):
-    """A table's rows, or frames, under one path: numbered from the second."""
-    seen, found = Counter(), []
-    for i in ids:
-        seen[i] += 1
-        found.append(i if seen[i] == 1 else f"{i}#{seen[i]}")
-    return found
 
 
 def warn_unseen(crystals, cards):

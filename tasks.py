@@ -25,7 +25,7 @@ class Task:
     id_column: str = ""  # "": the first of ID_COLUMNS that the table has, else the row number
     unit: str = ""  # of the column, before the transform
     transform: str = "none"  # none, log (natural), log10, log1p
-    pooling: str = "mean"  # mean, sum, max over atoms in the head
+    pooling: str = ""  # mean, sum or max over atoms in the head; "": mean, or sum for a total energy
     role: str = "user"  # hub, downstream, pretrain, extra, user
     paper: str = ""  # the row's name in the paper's tables
     note: str = ""
@@ -34,7 +34,7 @@ class Task:
     license: str = ""  # of the data
 
     def __post_init__(self):
-        for key, allowed in (("transform", TRANSFORMS), ("pooling", POOLINGS)):
+        for key, allowed in (("transform", TRANSFORMS), ("pooling", ("", *POOLINGS))):
             value = getattr(self, key)
             if value not in allowed:
                 raise UserError(f"task {self.name}: {key} '{value}' is not one of {', '.join(allowed)}")

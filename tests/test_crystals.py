@@ -27,7 +27,7 @@ from crystals import (
 from data import make_splits
 from files import UserError, write_skipped
 from sources import Skip, fetch, find_source, json_rows, table_rows
-from tasks import TASKS, get_task, unit_of
+from tasks import TASKS, Task, get_task, unit_of
 
 REAL = Path(os.environ.get("MATMINER_DATA") or Path(module.__file__).parent.parent / "shared/matminer")
 SPLITS = REAL.parent / "splits"
@@ -959,3 +959,11 @@ def test_fast_reading_equals_pymatgen():
         np.testing.assert_allclose(step, np.rint(step), atol=1e-6)
         if i == 50:
             break
+
+
+def test_a_total_energy_is_summed_over_atoms_unless_the_user_says_otherwise(tmp_path):
+    (tmp_path / "a.xyz").write_text('1\nProperties=species:S:1:pos:R:3 energy=-1.5 pbc="F F F"\nH 0 0 0\n')
+    task = lambda **fields: load_crystals(Task("t", str(tmp_path / "a.xyz"), **fields), quiet=True).task  # noqa: E731
+    assert (task().pooling, task().unit) == ("sum", "eV") and task(pooling="mean").pooling == "mean"
+    assert task(unit="eV/atom").pooling == "mean"
+    assert load_crystals(Task("t", f"{tmp_path}/a.xyz", "energy"), quiet=True).task.pooling == "mean"
