@@ -1,4 +1,5 @@
-# Every stage as a target. Nothing runs twice: a finished module or run is kept, an interrupted one goes on.
+# Every stage as a target. Nothing runs twice: what stands is kept, an interrupted run goes on. A module that stands is
+# kept whatever EPOCHS or LIMIT say now: delete its folder, or run train_module.py, which compares.
 #
 #   make demo                     the whole method on the embedded crystals, offline, minutes on two cores
 #   make test                     set up what is needed and run the tests
@@ -27,7 +28,7 @@ epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
 suffix  = $(if $(filter adapter,$(KIND)),-adapter)
 
 help:
-	@sed -n '3,15s/^# \{0,2\}//p' Makefile
+	@sed -n '4,16s/^# \{0,2\}//p' Makefile
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 

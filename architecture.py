@@ -146,6 +146,8 @@ def check_text(text):
         raise UserError(f"graph: graph_rule is {short(rule)}; should be symmetric or published")
     try:
         backbone = shapes_only(arch)
+    except OSError:  # of the machine, not of the arguments
+        raise
     except Exception as error:  # constructors raise what they like, and the arguments are the cause
         raise UserError(f"{name} cannot be built of these arguments ({short(error)}); change them") from None
     number = sum(p.numel() for p in backbone.parameters())

@@ -43,7 +43,7 @@ PUBLISHED = {
 
 @dataclass
 class Config:
-    task: str = "dielectric"  # one or several: a,b,c
+    task: str = ""  # one or several: a,b,c [the name of --data]
     data: str = ""  # "demo", or a folder or file [each task's own data set]
     tasks: str = ""  # JSON file with more tasks
     splits: str = ""  # folder with TASK/seedK.json [70/15/15 by the seed]
@@ -58,6 +58,7 @@ class Config:
     patience: Whole = 10
     batch_size: Positive = 32
     lr: LearningRate = 0.0  # 0: fine-tuning's default for the preset
+    overwrite: bool = False  # run again what stands there
     table: bool = False  # run nothing; show what has run
     device: Literal["auto", "cpu", "cuda"] = "auto"
     config: str = ""  # a run's config.json as defaults
@@ -75,16 +76,18 @@ def run(cfg):
         raise UserError(f"--seeds {cfg.seeds}: give whole numbers, as in 0,1,2")
     output = Path(cfg.output)
     if not cfg.table:
-        tasks = [get_task(task.strip(), cfg.tasks, cfg.data).name for task in cfg.task.split(",") if task.strip()]
         foreign = [p.name for p in map(output.joinpath, WRITES) if p.exists() and written_by(output) != stage_of(cfg)]
         if foreign:
             raise UserError(f"--output {output}: holds a {foreign[0]} of another program; name another folder")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
-        for task in tasks:
+        tasks = [task.strip() for task in cfg.task.split(",") if task.strip()] or [""] * bool(cfg.data)
+        if not tasks:
+            raise UserError("--task is missing: names in the task table (tasks.py) or in --tasks FILE; or give --data")
+        names = {task: get_task(task, cfg.tasks, cfg.data).name for task in tasks}
+        for task, name in names.items():
             for seed in map(int, cfg.seeds.split(",")):
                 for method in methods:
-                    one_run(cfg, method, task, seed)
+                    one_run(cfg, method, task, name, seed)
+        write_json(output / "config.json", {"stage": stage_of(cfg), "version": VERSION, **asdict(cfg)})
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
@@ -95,28 +98,28 @@ def run(cfg):
     return found
 
 
-def one_run(cfg, method, task, seed):
+def one_run(cfg, method, task, name, seed):
     """One method on one split of one task. A stage keeps what it finished with the same settings, and refuses others."""
-    say(cfg, f"--- {method}, {task}, seed {seed}")
+    say(cfg, f"--- {method}, {name}, seed {seed}")
     shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit, seed=seed,
-                  split_seed=seed, split_file=f"{cfg.splits}/{task}/seed{seed}.json" if cfg.splits else "",
-                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet)  # fmt: skip
+                  split_seed=seed, split_file=f"{cfg.splits}/{name}/seed{seed}.json" if cfg.splits else "",
+                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet, overwrite=cfg.overwrite)  # fmt: skip
     how = dict(init="backbone")
     if method.startswith("moma-"):
-        how = dict(init=composed(cfg, method.removeprefix("moma-"), task, seed, shared)["output"])
+        how = dict(init=composed(cfg, method.removeprefix("moma-"), name, seed, shared)["output"])
     elif method == "best-module":
-        weights = composed(cfg, "full", task, seed, shared)["modules"]
+        weights = composed(cfg, "full", name, seed, shared)["modules"]
         how = dict(init=max(weights, key=lambda name: weights[name]["weight"]))
     elif method in ("scratch", "cgcnn"):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
-    folder = Path(cfg.output) / method / task.lower() / f"seed{seed}"
+    folder = Path(cfg.output) / method / name.lower() / f"seed{seed}"
     finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder), resume=True))
 
 
-def composed(cfg, kind, task, seed, shared):
+def composed(cfg, kind, name, seed, shared):
     """composition.json of the module composed for this split; made once."""
-    folder = Path(cfg.output) / "composed" / kind / task.lower() / f"seed{seed}"
+    folder = Path(cfg.output) / "composed" / kind / name.lower() / f"seed{seed}"
     return compose.run(compose.Config(**shared, kind=kind, output=str(folder)))
 
 
@@ -129,9 +132,21 @@ def collect(root):
             with reading(path, "the metrics of a run", "delete that folder and run the benchmark again"):
                 seed = int(path.parent.name.removeprefix("seed"))
                 metrics["train_rows"] = len(json.loads((path.parent / "splits.json").read_text())["train"])
-                metrics = {k: metrics[k] for k in ("test", *COLUMNS)}
+                metrics = {k: metrics[k] for k in ("test", "budget", *COLUMNS)}
                 found.setdefault(path.parent.parent.name, {}).setdefault(method, {})[seed] = metrics
+    for task, runs in found.items():
+        check_alike(root, task, [(f"{m}, seed {seed}", r) for m in runs for seed, r in runs[m].items()])
     return {task: {m: dict(sorted(runs[m].items())) for m in runs} for task, runs in sorted(found.items())}
+
+
+def check_alike(root, task, runs):
+    """Means are of runs of one budget. runs: [(its name, metrics)]."""
+    (first, one), *others = runs
+    for name, other in others:
+        for k in one["budget"]:
+            if other["budget"][k] != one["budget"][k]:
+                differ = f"{k} {one['budget'][k]} in {first}, but {other['budget'][k]} in {name}"
+                raise UserError(f"{root}: runs of {task} do not compare: {differ}; delete one, or name another --output")
 
 
 COLUMNS = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")

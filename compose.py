@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from files import (MissingError, UserError, cache_folder, cached_folder, new_array, png, read_json, write_atomic,
-                   write_json, write_skipped)
+from files import (MissingError, UserError, cache_folder, cached_folder, new_array, output_path, png, read_json,
+                   write_atomic, write_json, write_skipped)
 from stage import (Above, Positive, TaskConfig, Whole, claim, main, pick_device, prepare, rests_on, run_name, say,
                    silent, start, work_folder)
 
@@ -327,7 +327,7 @@ def run(cfg):
         return run_several(cfg)
     began, given, name, cards = time.monotonic(), cfg, run_name(cfg), candidates(cfg)
     cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", get_task(cfg.task, cfg.tasks, cfg.data).name))
-    output = Path(cfg.output or Path("runs") / "composed" / name)
+    output = output_path(cfg.output or Path("runs") / "composed" / name)
     hub.check_name(output.name)
     some = next(iter(cards.values()))
     crystals, dataset, splits = prepare(cfg, some["architecture"])
@@ -407,7 +407,7 @@ def compose_for(cfg, cards, crystals, dataset, rows):
         **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
         "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(rows)},
         "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
-        "notes": verdict + notes(cfg, cards, crystals, D),
+        "notes": verdict + notes(cfg, cards, crystals, D, errors),
     }  # fmt: skip
     return g_D, w, result
 
@@ -432,11 +432,13 @@ def candidates(cfg):
     return cards
 
 
-def notes(cfg, cards, crystals, D):
+def notes(cfg, cards, crystals, D, errors):
     """What a user should hear about this composition, one sentence each."""
     m, N = D.shape
     same = [name for name, card in cards.items() if card.get("dataset_fingerprint") == crystals.fingerprint]
     found = [f"module {name} was trained on these very rows: its error here is not out of sample" for name in same]
+    if errors["composed"] >= errors["mean"]:
+        found.append("the composed module predicts these rows no better than their mean: start from another (--init)")
     if not unique(D):
         found.append(f"the weights are not unique ({m} rows, {N} modules): others fit the training rows as well")
     if cfg.neighbors > m - 1:

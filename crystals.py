@@ -61,6 +61,10 @@ def load_crystals(task: Task, limit=0, on_error="skip", need_target=True, quiet=
     return crystals
 
 
+class NoneUsable(UserError):
+    """Every row of a source is skipped."""
+
+
 def from_structures(structures, y=None, ids=None, name="structures", **fields) -> Crystals:
     """Structures in memory -> Crystals, by the rules of load_crystals: read `.skipped`.
 
@@ -78,6 +82,8 @@ def from_structures(structures, y=None, ids=None, name="structures", **fields) -
         columns[what] = values = values.tolist() if hasattr(values, "tolist") else list(values)
         if len(values) != len(structures):
             raise UserError(f"{what}: {len(values)} values for {len(structures)} structures")
+    if any(isinstance(value, (list, tuple, dict)) for value in columns["target"]):
+        raise UserError("y: should be one number for each structure")
     task = Task(name, target_column="target", **{"pooling": "mean", **fields})
     values = [dict(zip(columns, row)) for row in zip(*columns.values())]
     rows = collect(zip(map(in_memory, structures), values), task, quiet=True)
@@ -99,7 +105,7 @@ def pick_rows(task, source, rows, limit=0, on_error="skip", need_target=True) ->
         raise UserError(f"{source}: row {bad[0]} (id {name}): {why}; --on-error skip leaves such rows out")
     if not len(keep):
         why = problems[bad[0]] if len(bad) == 1 else count_reasons(problems[bad]) or "there is none"
-        raise UserError(f"{source}: none of {len(mine)} rows can be used ({why})")
+        raise NoneUsable(f"{source}: none of {len(mine)} rows can be used ({why})")
     end = np.cumsum(rows["count"])
     atoms = [slice(end[i] - rows["count"][i], end[i]) for i in keep]
     split = split_words(rows)
@@ -199,13 +205,14 @@ def read_rows(task: Task, cache_dir="", quiet=False, forces=True):
 
     rows: arrays count (R,) atoms, 0 where unusable; Z, pos, forces over all atoms; cell (R, 3, 3). Lists of R
     words: id and reason, "" where usable. columns: {name: R numbers, words or None}.
-    The cache's key is the content of every file that is read. forces=False: ignored, for prediction.
+    The cache's key is the content of every file that is read. forces=False: for prediction,
+    which reads every file of a folder and no forces.
     """
     task = task if forces else replace(task, forces_column="")
     path = find_source(task)
     embedded = task.dataset if task.dataset.startswith("demo:") else ""
     source = embedded or str(path)
-    path, listed = list_files(path)
+    path, listed = list_files(path, everything=not forces)
     state = contents(path, listed)
     any_forces = forces and not task.target_column
     columns = [task.structure_column, task.id_column, task.forces_column]

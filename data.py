@@ -38,6 +38,9 @@ def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
     if split_file:
         return read_split(crystals, Path(split_file))
     if crystals.split and any(word.strip() for word in crystals.split):
+        if split_seed:
+            why = "the data have a column split, which decides; leave the flag out, or remove the column"
+            raise UserError(f"--split-seed {split_seed}: {why}")
         return split_by_column(crystals)
     M = len(crystals)
     if M < 3:

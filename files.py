@@ -77,6 +77,14 @@ def short(value) -> str:
 # ---------------------------------------------------------------- writing
 
 
+def output_path(text, what="--output") -> Path:
+    """A folder to write, as one names it; "a/../b" is b before anything looks at it, and "." names none."""
+    path = Path(os.path.normpath(text))
+    if path.name in ("", ".."):
+        raise UserError(f"{what} {text}: names no new folder; give it a name")
+    return path
+
+
 def check_name(name: str, where: str):
     """Names of modules and runs are names of folders: alike on every file system, and none leads elsewhere."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name) or ".." in name:
@@ -277,7 +285,7 @@ def cached_folder(path, build) -> Path:
     except UserError:  # of build: about what it reads
         raise
     except OSError as error:
-        cure = "free space there, or name another folder with --cache or MOMA_CACHE"
+        cure = "free space there, or name another folder (--cache or MOMA_CACHE; for predictions TMPDIR)"
         raise UserError(f"{path.parent}: the cache cannot be written ({error.strerror or error}); {cure}") from None
     return path
 

@@ -12,15 +12,16 @@ and the head, while embeddings and outputs stay (the freed layers of Devi et al.
 y: labels after the task's transform (the unit of mae, mad); predictions are written in the physical unit.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from files import MissingError, UserError, csv_text, png, read_json, recover
-from stage import (Positive, Seed, Whole, barrier, claim, compare, main, number, prepare, rank, rests_on, run_name,
-                   start, work_folder, written_by)
+from files import MissingError, UserError, csv_text, output_path, png, read_json, recover, short
+from stage import (Positive, Seed, Whole, barrier, check_settings, claim, compare, hints_of, main, number, prepare,
+                   rank, rests_on, run_name, start, work_folder, written_by)
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def run(cfg):
     """Fine-tune, write the result's folder, return its metrics."""
     start(cfg)
     given, name = cfg, run_name(cfg)
-    target = Path(cfg.output or Path("runs") / name)
+    target = output_path(cfg.output or Path("runs") / name)
     check_output(target)
     path = init_folder(cfg, name)
     cfg = take_over(cfg, path)
@@ -72,8 +73,9 @@ def run(cfg):
     start_sha = origin.card.get("tensors_sha256") or json.dumps(arch, sort_keys=True)
     record = {"init": start_sha, "kind": cfg.kind, "train": cfg.train, **rests}
     record |= {k: getattr(cfg, k) for k in SETTINGS}
+    record["ids"] = hashlib.sha256("\n".join(crystals.ids).encode()).hexdigest()  # predictions.csv names them
     if finished(cfg, target, record, "give another --output, or --overwrite"):
-        return read_json(target / "metrics.json", "the metrics of a run")
+        return show(cfg, target)
 
     model = new_head(origin.backbone, origin.adapters, crystals.task.pooling, cfg.seed)
     if cfg.train == "head":
@@ -94,15 +96,23 @@ def run(cfg):
         write(cfg, target, model, card, result, crystals, splits, errors)
         (folder / "last.pt").unlink(missing_ok=True)
     barrier()
-    return read_json(target / "metrics.json", "the metrics of a run")
+    return show(cfg, target)
+
+
+def show(cfg, target):
+    """Print the result in one line. Returns the metrics."""
+    metrics = read_json(target / "metrics.json", "the metrics of a run")
+    if rank() == 0:
+        print(f"{metrics['task']}, {cfg.init}: test MAE {sentence(metrics)}; {target}")
+    return metrics
 
 
 def check_output(target):
-    """A run's folder is new, empty, or a run's; and it is not what the hub calls theta_0."""
+    """A run is no module: its folder is not in a hub, whose modules are all composed, nor in a module."""
     if target.name == hub.BACKBONE:
         raise UserError(f"--output {target}: that name is theta_0's; choose another")
-    if (target / "module.json").exists() and written_by(target) != "finetune":
-        raise UserError(f"--output {target}: holds a module, not a fine-tuned run; choose another")
+    if any((target.parent / name / "module.json").exists() for name in (hub.BACKBONE, ".")):
+        raise UserError(f"--output {target}: is inside a hub or a module; choose a place outside")
 
 
 def init_folder(cfg, name):
@@ -126,13 +136,20 @@ def init_folder(cfg, name):
 
 def take_over(cfg, path):
     """What the command line leaves open: which labels and rows, as the composed module's own settings say."""
-    settings = {}
+    taken, hints = {}, hints_of(Config)
     if path is not None and written_by(work_folder(path)) == "compose":
-        settings = read_json(work_folder(path) / "config.json", "the settings of compose.py")
-    taken = {k: settings[k] for k in COMPOSED_FROM if k in settings and getattr(cfg, k) in ("", None)}
-    taken |= {"split_file": taken["split_file"].replace("{task}", cfg.task)} if taken.get("split_file") else {}
+        file = work_folder(path) / "config.json"
+        settings = read_json(file, "the settings of compose.py")
+        taken = {k: settings[k] for k in COMPOSED_FROM if k in settings and getattr(cfg, k) in ("", None)}
+        for k, value in taken.items():
+            if type(value) is not hints[k][0]:
+                raise UserError(f"{file}: {k} is {short(value)}, not {hints[k][0].__name__}; compose again")
+    if taken.get("split_file"):
+        taken["split_file"] = taken["split_file"].replace("{task}", cfg.task)
     empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}
-    return replace(cfg, **empty | taken)
+    cfg = replace(cfg, **empty | taken)
+    check_settings(cfg)
+    return cfg
 
 
 def rests_of(record, like):
@@ -211,6 +228,7 @@ def write(cfg, target, model, card, result, crystals, splits, errors):
         files[f"predictions_{name}.csv"] = csv_text(["id", "target", "prediction"], rows).encode()
     metrics |= {"val_mae": metrics["val"]["mae"], "test_mae": metrics["test"]["mae"], "unit": unit}
     metrics |= {"best_epoch": result["best_epoch"], "seconds": result["seconds"]}
+    metrics["budget"] = {k: getattr(cfg, k) for k in ("epochs", "patience", "batch_size", "limit", "few_shot")}
     rows = {name: crystals.row[index].tolist() for name, index in splits.items()}
     settings = read_json(work_folder(target) / "config.json", "the settings of a run")
     for name, content in (("metrics", metrics), ("splits", rows), ("config", settings)):
@@ -219,7 +237,6 @@ def write(cfg, target, model, card, result, crystals, splits, errors):
     files["parity.png"] = draw_parity(task, errors["test"], metrics)
     hub.save(target, tensors_of(model), card, history=result["history"], extra=files, overwrite=cfg.overwrite,
              main=hub.MODEL)  # fmt: skip
-    print(f"{task.name}, {cfg.init}: test MAE {sentence(metrics)}; {target}")
 
 
 def sentence(metrics) -> str:
@@ -229,7 +246,8 @@ def sentence(metrics) -> str:
     parts = [f"{mae} = {number(physical['mae'])} {physical['unit']}".strip() if physical else mae]
     forms = {"mad_mae": "MAD:MAE {:.3g}", "r2": "R2 {:.3f}"}
     parts += [form.format(test[k]) for k, form in forms.items() if test[k] is not None]
-    return ", ".join([*parts, f"{test['rows']} crystals"])
+    verdict = ["no better than predicting the mean"] * ((test["mad_mae"] or 2) <= 1)
+    return ", ".join([*parts, f"{test['rows']} crystals", *verdict])
 
 
 def draw_parity(task, errors, metrics) -> bytes:

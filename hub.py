@@ -496,6 +496,8 @@ def run_command(parser, run, argv=None) -> int:
     parser.error = refuse
     try:
         return run(parser.parse_intermixed_args(argv))
+    except KeyboardInterrupt:
+        return 130
     except (UserError, OSError) as error:
         print(one_line(error), file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from files import (VERSION, MissingError, UserError, csv_text, recover, whole_folder, write_json, write_skipped,
+from files import (VERSION, MissingError, UserError, csv_text, output_path, recover, whole_folder, write_json, write_skipped,
                    write_text)
 from stage import CommonConfig, check_settings, main, pick_device, stage_of, written_by
 
@@ -22,7 +22,7 @@ import numpy as np
 
 import hub
 from card import physical_unit
-from crystals import SYMBOLS, Crystals, from_structures, load_crystals, unique
+from crystals import SYMBOLS, Crystals, NoneUsable, from_structures, load_crystals, unique
 from data import GraphConfig, GraphDataset
 from model import PropertyModel
 from tasks import Task, inverse
@@ -45,11 +45,15 @@ def predict(models, structures, **settings):
     structures: a list of pymatgen Structures, ASE Atoms or dictionaries, or data.Crystals. NaN where a structure cannot
     be used; `from_structures(structures).skipped` says why. settings: fields of Config, such as device="cuda".
     """
-    crystals = structures if isinstance(structures, Crystals) else from_structures(structures)
-    rows = crystals.num_rows if crystals is not structures else len(crystals)
-    place = crystals.row if crystals is not structures else np.arange(rows)
-    y = np.full(rows, np.nan)
-    y[place] = predict_all(load_models(models), crystals, Config(quiet=True, **settings)).mean(axis=0)
+    loaded, given = load_models(models), isinstance(structures, Crystals)
+    structures = structures if given else list(structures)
+    y = np.full(len(structures), np.nan)
+    try:
+        crystals = structures if given else from_structures(structures)
+    except NoneUsable:
+        return y
+    place = np.arange(len(y)) if given else crystals.row
+    y[place] = predict_all(loaded, crystals, Config(quiet=True, **settings)).mean(axis=0)
     return y
 
 
@@ -145,14 +149,24 @@ def warn_unseen(crystals, cards):
               f"do not trust {names}", file=sys.stderr)  # fmt: skip
 
 
+WRITES = {"predictions.csv", "skipped.csv", "config.json"}
+
+
+def check_output(output):
+    """Only a folder that is new, empty, or holds what predict.py has written and nothing else is replaced."""
+    if output.is_symlink() or output.exists() and not output.is_dir() or output.suffix == ".csv":
+        raise UserError(f"--output {output}: should be a folder, which gets predictions.csv; name one")
+    inside = {p.name for p in output.iterdir()} if output.exists() else set()
+    foreign = sorted(inside if written_by(output) != "predict" else inside - WRITES)
+    if foreign:
+        raise UserError(f"--output {output}: holds {foreign[0]}, which predict.py has not written; name another folder")
+
+
 def run(cfg):
     """Predict; returns {"rows", "skipped", "output", "exit_code"}."""
     check_settings(cfg)
-    output = Path(cfg.output or "runs/predictions")
-    if output.is_file() or output.suffix == ".csv":
-        raise UserError(f"--output {output}: should be a folder, which gets predictions.csv; name one")
-    if output.exists() and any(output.iterdir()) and written_by(output) != stage_of(cfg):
-        raise UserError(f"--output {output}: holds files that predict.py has not written; name another folder")
+    output = output_path(cfg.output or "runs/predictions")
+    check_output(output)
     models = load_models(cfg.model)
     card = models[0][1]
     with tempfile.TemporaryDirectory() as cache:
@@ -166,6 +180,7 @@ def run(cfg):
     head = ["id", *(f"{c} ({unit})" if unit else c for c in columns)]
     values = zip(crystals.ids, y.tolist(), spread.tolist(), finite)
     rows = [row[: len(head)] for *row, good in values if good]
+    check_output(output)  # again: it may have changed meanwhile
     with whole_folder(output, replace=True) as part:
         write_text(part / "predictions.csv", csv_text(head, rows))
         write_skipped(part / "skipped.csv", skipped)

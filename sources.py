@@ -68,8 +68,8 @@ def find_source(task: Task) -> Path:
             other = f"; {here} offers {task.name} from another file: pass --tasks {here}"
     where = " or ".join(map(str, homes))
     raise MissingError(
-        f"data set '{name}' is not in {where} and cannot be downloaded ({why}); put {path.name} there, set "
-        f"MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo){other}"
+        f"no file or folder '{name}' here; as a data set it is not in {where} and cannot be downloaded ({why}); "
+        f"put {path.name} there, set MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo){other}"
     )
 
 
@@ -143,11 +143,20 @@ def file_text(path: Path) -> str:
     return text
 
 
-def list_files(path: Path):
+TABLES = ("targets.csv", "id_prop.csv")  # of a folder
+
+
+def list_files(path: Path, everything: bool = False):
     """The path, or that of targets.csv or id_prop.csv in it, and [(file or Skip, values)] of the files that
-    it names or holds. values: the row of the table, or the "id" alone."""
-    if path.is_dir():
-        path = next((path / n for n in ("targets.csv", "id_prop.csv") if (path / n).is_file()), path)
+    it names or holds. values: the row of the table, or the "id" alone. everything: a folder's files that its
+    table does not name, too."""
+    table = next((path / n for n in TABLES if (path / n).is_file()), None) if path.is_dir() else None
+    if table:
+        named, other = csv_files(table), []
+        if everything:
+            known = {file for file, _ in named} | {path / n for n in TABLES}
+            other = [row for row, file in zip(folder_files(path), walk(path), strict=True) if file not in known]
+        return table, named + other
     if path.is_dir():
         return path, folder_files(path)
     if path.suffix.lower() == ".csv":

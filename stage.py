@@ -441,8 +441,8 @@ def main(run, Config, doc, argv=None):
     try:
         result = run(parse(Config, doc, argv))
     except KeyboardInterrupt:
-        again = "the same command with --resume goes on from what it saved last"
-        again = again if "resume" in hints_of(Config) else "nothing was changed"
+        again = "--resume goes on from the last saving, if there was one (every two minutes)"
+        again = again if "resume" in hints_of(Config) else "what was finished stays; the same command goes on"
         print(f"\n{script}: stopped; {again}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
@@ -451,6 +451,9 @@ def main(run, Config, doc, argv=None):
         wrong = "out of memory; lower --batch-size, --max-atoms or --limit"
     except UserError as error:
         wrong = str(error)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if not (error.strerror and error.filename):
             raise

@@ -20,7 +20,7 @@ from typing import Literal
 from files import UserError, csv_text, new_array, recover, write_atomic, write_skipped, write_text
 from stage import (Above, LearningRate, Positive, Share, TaskConfig, Whole, all_sum, autocast, barrier, claim,
                    compare, hardware, last_state, main, number, pick_device, prepare, rank, reduce_gradients,
-                   rests_on, say, silent, start, work_folder, world)
+                   rests_on, say, silent, stage_of, start, work_folder, world)
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def run(cfg):
     record = {"kind": cfg.kind, "theta_0": theta_0.card["tensors_sha256"], **rests_on(crystals, splits)}
     record |= {k: getattr(cfg, k) for k in SETTINGS}
     if card := finished(cfg, target, record, "give another --name, or --overwrite to train again"):
-        return card
+        return show(card, target)
 
     theta_0.backbone.requires_grad_(cfg.kind == "full")
     model = new_head(theta_0.backbone, theta_0.adapters, crystals.task.pooling, cfg.seed)
@@ -93,25 +93,43 @@ def run(cfg):
                  overwrite=cfg.overwrite)  # fmt: skip
         write_skipped(folder / "skipped.csv", crystals.skipped)
         (folder / "last.pt").unlink(missing_ok=True)  # the module stands: nothing to resume
+    barrier()
+    return show(hub.read_card(target), target)
+
+
+def show(card, target):
+    """Print the result in one line. Returns the card."""
+    if rank() == 0:
         found = ", ".join(f"{k.replace('_', ' ')} {number(card[k])}" for k in ("val_mae", "test_mae", "mad"))
         print(f"{target}: {found} {card['unit']}")
-    barrier()
-    return hub.read_card(target)
+    return card
 
 
 def finished(cfg, target, record, cure):
-    """The card of `target` if it was made from the same record; None if there is nothing; else UserError."""
+    """The card of `target` if this stage made it from the same record; None if nothing is there; else UserError."""
     recover(target)
     if not (target / "module.json").exists():
         if target.is_symlink() or target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise UserError(f"{target}: exists and is no module; name another")
         return None
     card = hub.read_card(target)
+    if (maker := made_by(card)) != stage_of(cfg):
+        raise UserError(f"{target}: holds what {maker}.py made; name another")
     if cfg.overwrite:
         return None
     compare(card["record"], record, target, cure)
+    for file in (hub.main_file(card), *card["files_sha256"]):
+        hub.checked_file(target, file)
     say(cfg, f"{target} is finished; nothing to do (--overwrite makes it again)")
     return card
+
+
+def made_by(card) -> str:
+    """The stage that wrote a card."""
+    if card["kind"] == hub.BACKBONE:
+        return "pretrain"
+    files = card["files_sha256"]
+    return "finetune" if hub.MODEL in files else "compose" if "composition.json" in files else "train_module"
 
 
 def new_head(backbone, adapters, pooling, seed):
@@ -249,6 +267,7 @@ def fit(model, optimizer, loss, validate, cfg, folder, *, plan, load, rate, sett
         copy_(best, saved["best"])
         for part, key in ((ema, "ema"), (optimizer, "optimizer"), (plateau, "plateau")):
             part.load_state_dict(saved[key])
+        say(cfg, f"resumed in epoch {state['epoch'] + 1}, after {state['step']} steps")
 
     waiting, clock, written, took, stop, due = [], time.monotonic(), time.monotonic(), 0.0, False, False
 

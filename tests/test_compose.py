@@ -488,6 +488,34 @@ def test_fine_tuning_on_other_rows_or_labels_than_composed_on_is_refused(made, t
     assert not (tmp_path / "run").exists()
 
 
+def test_only_what_compose_made_is_replaced_and_only_what_is_whole_is_kept(made, tmp_path):
+    where = tmp_path / "hub"
+    shutil.copytree(made[1], where)
+    with pytest.raises(UserError, match="holds what train_module.py made"):
+        compose.run(config(made, where / "a", overwrite=True))
+    cfg = config(made, tmp_path / "composed")
+    compose.run(cfg)
+    report = json.loads((tmp_path / "composed/composition.json").read_text()) | {"notes": 3}
+    (tmp_path / "composed/composition.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="composition.json: damaged or changed"):
+        compose.run(cfg)
+    compose.run(replace(cfg, overwrite=True))
+
+
+def test_settings_of_a_composition_that_were_edited_are_refused_by_name(made, tmp_path):
+    compose.run(config(made, tmp_path / "composed"))
+    file = tmp_path / ".runs/composed/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split_file": {"a": 1}}))
+    with pytest.raises(UserError, match="split_file is .*, not str; compose again"):
+        finetune.run(tuned(made, tmp_path))
+
+
+def test_a_composition_no_better_than_the_mean_says_so(made, tmp_path):
+    said = compose.notes(config(made, tmp_path), {}, None, np.eye(3), {"composed": 1.2, "mean": 1.1})
+    assert any("no better than their mean" in note for note in said)
+    assert not compose.notes(config(made, tmp_path), {}, None, np.eye(9)[:, :2], {"composed": 0.2, "mean": 1.1})
+
+
 def test_without_the_settings_of_the_composition_its_card_still_tells_other_rows(made, tmp_path):
     compose.run(config(made, tmp_path / "elsewhere/composed"))
     shutil.copytree(tmp_path / "elsewhere/composed", tmp_path / "composed")

@@ -57,6 +57,13 @@ def test_a_users_error_inside_a_parse_keeps_its_own_line(tmp_path):
         raise UserError("row 3: no label")
 
 
+def test_an_output_is_where_its_path_leads(tmp_path):
+    assert files.output_path("a/../b/c") == files.Path("b/c") and files.output_path("nowhere/../b") == files.Path("b")
+    for text in (".", "..", "a/..", "/"):
+        with pytest.raises(UserError, match="names no new folder"):
+            files.output_path(text)
+
+
 @pytest.mark.parametrize("name", ["../x", "", "A", ".x", "a..b", "a/b", "x" * 101])
 def test_names_of_folders_lead_nowhere_else(name):
     with pytest.raises(UserError, match="--task"):

@@ -71,6 +71,23 @@ def test_overwrite_replaces_at_the_end_and_not_before(home, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run", ".runs"}
 
 
+def test_a_damaged_result_is_not_passed_off_as_finished(home, tmp_path):
+    cfg = replace(home.runs, output=str(tmp_path / "run"), epochs=1)
+    finetune.run(cfg)
+    for file in ("model.safetensors", "predictions_test.csv"):
+        content = (tmp_path / "run" / file).read_bytes()
+        (tmp_path / "run" / file).write_bytes(content[:100])
+        with pytest.raises(UserError, match=f"{file}: damaged or changed"):
+            finetune.run(cfg)
+        (tmp_path / "run" / file).write_bytes(content)
+    finetune.run(cfg)
+
+
+def test_a_finished_run_says_its_result_again(home, capsys):
+    finetune.run(home.runs)
+    assert "test MAE" in capsys.readouterr().out
+
+
 def test_few_shot_leaves_validation_and_test_alone(home, tmp_path):
     finetune.run(replace(home.runs, output=str(tmp_path / "run"), few_shot=7, epochs=1))
     few, full = (json.loads((p / "splits.json").read_text()) for p in (tmp_path / "run", home.root / "tuned"))
@@ -127,7 +144,7 @@ def test_every_start_gives_a_model(home, tmp_path, changes):
         (dict(output="runs/backbone"), "theta_0's"),
         (dict(task="../../escaped"), "no name for a folder"),
         (dict(task="", data=""), "--task is missing"),
-        (dict(output="HUB/full"), "holds a module, not a fine-tuned run"),
+        (dict(output="HUB/full"), "is inside a hub or a module"),
         (dict(output="mine"), "exists and is no module"),
         (dict(split_seed=1, few_shot=99), "--few-shot 99"),
     ],
@@ -157,6 +174,22 @@ def test_one_test_row_and_equal_test_labels_have_errors_and_no_r2(home, tmp_path
         cfg = replace(home.runs, task="", data=str(folder), output=str(tmp_path / f"run{len(rows)}"), limit=None, epochs=1)
         test = finetune.run(cfg)["test"]
         assert test["r2"] is None and math.isfinite(test["mae"]) and test["rows"] == len(rows) - 17
+
+
+def test_a_seed_does_not_pretend_to_split_what_a_column_splits(home, tmp_path):
+    crystals, _, _ = prepare(home.modules, preset("tiny"))
+    write_structures(tmp_path / "data", crystals, range(9))
+    parts = ["train"] * 5 + ["val"] * 2 + ["test"] * 2
+    lines = [f"{crystals.ids[i]},{crystals.ids[i]}.json,{i},{parts[i]}" for i in range(9)]
+    (tmp_path / "data/targets.csv").write_text("\n".join(["id,file,target,split", *lines]) + "\n")
+    cfg = replace(home.runs, task="", data=str(tmp_path / "data"), output=str(tmp_path / "run"), limit=None, epochs=1)
+    with pytest.raises(UserError, match="--split-seed 3: the data have a column split"):
+        finetune.run(replace(cfg, split_seed=3))
+    finetune.run(cfg)
+    renamed = [line.replace(crystals.ids[8], "another", 1) for line in lines]
+    (tmp_path / "data/targets.csv").write_text("\n".join(["id,file,target,split", *renamed]) + "\n")
+    with pytest.raises(UserError, match="--ids"):  # predictions_test.csv names the rows
+        finetune.run(cfg)
 
 
 def test_errors_that_are_not_finite_are_null_and_the_plot_is_drawn(tmp_path):
@@ -303,6 +336,27 @@ def test_predictions_replace_only_predictions(home, tmp_path):
         with pytest.raises(UserError, match="--output"):
             predict.run(replace(cfg, output=str(tmp_path / output)))
     for folder in (home.hub / "full", home.root / "tuned"):
-        with pytest.raises(UserError, match="holds files that predict.py has not written"):
+        with pytest.raises(UserError, match="which predict.py has not written"):
             predict.run(replace(cfg, output=str(folder)))
     assert (tmp_path / "file").read_text() == "mine" and len(list((tmp_path / "new").iterdir())) == 2
+    with pytest.raises(UserError, match="--output"):  # a path is what it means, also where a part of it is not there
+        predict.run(replace(cfg, output=str(tmp_path / "nowhere/../new")))
+    (tmp_path / "p/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt"):
+        predict.run(cfg)
+    assert (tmp_path / "p/notes.txt").read_text() == "mine" and len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_all_of_a_folder_is_predicted_whatever_its_table_names(home, tmp_path):
+    crystals, _, _ = prepare(home.modules, preset("tiny"))
+    write_structures(tmp_path / "new", crystals, range(4))
+    (tmp_path / "new/targets.csv").write_text(f"id,file,target\nfirst,{crystals.ids[0]}.json,1.5\n")
+    cfg = predict.Config(inputs=[str(tmp_path / "new")], model=(str(home.hub / "full"),), output=str(tmp_path / "p"))
+    assert predict.run(cfg)["rows"] == 4 and set(table(tmp_path / "p")) == {"id", "first", *crystals.ids[1:4]}
+
+
+def test_structures_that_cannot_be_used_are_nan_and_none_is_none(home):
+    assert predict.predict(home.hub / "full", []).shape == (0,)
+    disordered = {"lattice": {"matrix": np.eye(3).tolist()}, "sites": [{"species": [{"element": "Na", "occu": 0.5}],
+                                                                        "abc": [0, 0, 0]}]}  # fmt: skip
+    assert np.isnan(predict.predict([home.hub / "full"], [disordered, disordered])).tolist() == [True, True]

@@ -129,6 +129,13 @@ def test_exit_codes_and_one_line_errors(capsys, tmp_path):
             main(lambda cfg: (_ for _ in ()).throw(bug("ours")), Settings, DOC, [])
 
 
+def test_a_reader_of_the_output_that_goes_away_leaves_no_traceback():
+    code = "import stage, test_stage; stage.main(lambda cfg: print('x' * 10**6), test_stage.Settings, test_stage.DOC, [])"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" | head -c 1'], capture_output=True, text=True, env=env)
+    assert done.stdout == "x" and done.stderr == ""
+
+
 @pytest.mark.parametrize("flags", [["--split-seed", str(2**32)], ["--ema", "2"], ["--clip", "0"], ["--lr", "1e308"],
                                    ["--few-shot", "-1"], ["--epochs", "0"]])  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_name(flags):

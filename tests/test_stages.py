@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -106,9 +107,14 @@ def test_the_benchmark_runs_every_method_once_and_shows_a_table(home, tmp_path, 
     assert [p.stat().st_mtime_ns for p in runs] == times  # what is finished is not run again
     lines = list(csv.DictReader(open(tmp_path / "runs.csv")))
     assert {(r["method"], r["seed"]) for r in lines} == {(m, s) for m in benchmark.METHODS for s in "01"}
+    other = [*argv[: argv.index("--seeds")], *argv[argv.index("--seeds") + 2 :], "--seeds", "2", "--epochs", "1"]
+    assert call(benchmark, *other, "--methods", "theta0") == 2  # means are of runs of one budget
+    assert "runs of demo_optical_gap do not compare: epochs" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "theta0/demo_optical_gap/seed2")
     assert call(benchmark, *argv, "--epochs", "3") == 2  # and not passed off as what other settings gave
     assert "--epochs 2, now 3" in capsys.readouterr().err
     assert json.loads((runs[0].parent / "config.json").read_text())["epochs"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] != 3  # what was refused is not written down
     assert call(benchmark, "--table", "--output", tmp_path / "nothing") == 2
     (runs[0].parent / "metrics.json").write_text("{")
     assert call(benchmark, "--table", "--output", tmp_path) == 2
@@ -125,7 +131,7 @@ def test_a_folder_with_another_programs_files_is_left_alone(tmp_path, capsys):
 
 def test_runs_are_told_apart_by_their_seed_not_their_place(tmp_path):
     metrics = {"test": {"rows": 3, "mae": 1.0}, "val_mae": 1.0, "test_mae": 1.0, "unit": "eV", "best_epoch": 1}
-    metrics |= {"epochs": 1, "seconds": 1.0}
+    metrics |= {"epochs": 1, "seconds": 1.0, "budget": {"epochs": 2}}
     for method, seeds in (("theta0", (0, 2, 10)), ("scratch", (0, 1, 2, 10))):
         for seed in seeds:
             folder = tmp_path / method / "task" / f"seed{seed}"
