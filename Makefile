@@ -45,7 +45,7 @@ $(VENV)/tests: requirements-test.txt $(VENV)/done
 setup: $(VENV)/done
 
 test: $(VENV)/tests
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 # ------------------------------------------------------------------------------------------------------------- stages
 
