@@ -21,7 +21,6 @@ KIND   ?= full
 PRESET ?= small
 TASK   ?= dielectric
 LAUNCH ?= $(PY)
-launch  = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(LAUNCH)
 
 flags   = $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
@@ -54,14 +53,17 @@ HUB_TASKS ?= mp_eform mp_bandgap mp_gvrh mp_kvrh n_e_cond p_e_cond n_th_cond p_t
              n_avg_eff_mass p_avg_eff_mass castelli_eform jarvis_eform jarvis_bandgap jarvis_dielectric_opt \
              jarvis_gvrh jarvis_kvrh
 
+# torchrun is in the virtual environment
+$(HUB)/%/module.json finetune: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
 $(HUB)/backbone/module.json: | $(VENV)/done
-	$(launch) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) \
+	$(LAUNCH) pretrain.py --sets $(SETS) --preset $(PRESET) --hub $(HUB) --resume $(if $(DATA),--data $(DATA)) \
 	    $(if $(TASKS),--tasks $(TASKS)) $(PRETRAIN_ARGS)
 
 backbone: $(HUB)/backbone/module.json
 
 $(HUB)/%/module.json: $(HUB)/backbone/module.json
-	$(launch) train_module.py --task $(patsubst %-adapter,%,$*) --name $* --kind $(KIND) --hub $(HUB) --resume $(flags) $(epochs)
+	$(LAUNCH) train_module.py --task $(patsubst %-adapter,%,$*) --name $* --kind $(KIND) --hub $(HUB) --resume $(flags) $(epochs)
 
 hub: $(foreach t,$(HUB_TASKS),$(HUB)/$(t)$(suffix)/module.json)
 
@@ -69,7 +71,7 @@ compose: setup
 	$(PY) compose.py --task $(TASK) --kind $(KIND) --hub $(HUB) $(flags)
 
 finetune: setup
-	$(launch) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
+	$(LAUNCH) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
 
 # -------------------------------------------------------------------- the demo: embedded crystals (toy labels, not DFT)
 
