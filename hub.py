@@ -66,6 +66,8 @@ def module_file(path, file: str) -> Path:
     """One file of a module's folder; refuses links and names what is missing."""
     path, file = Path(path), Path(path) / file
     recover(path)
+    if not path.is_dir() and path.name == BACKBONE:
+        raise MissingError(f"{path}: no theta_0 to start from; make one: `make backbone` or `python pretrain.py`")
     if not path.is_dir():
         raise MissingError(f"{path}: no such module; see python hub.py list --hub {path.parent}")
     if file.is_symlink():
