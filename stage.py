@@ -230,7 +230,8 @@ def say(cfg, line):
         if not cfg.quiet:
             print(line, file=sys.stderr)
         for log in LOG:
-            print(line, file=log)
+            with contextlib.suppress(OSError):  # a full disk: what matters will say so
+                print(line, file=log)
 
 
 def silent(cfg) -> bool:
@@ -455,9 +456,9 @@ def main(run, Config, doc, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if not (error.strerror and error.filename):
+        if not error.filename and error.errno not in FULL:
             raise
-        wrong = f"{error.filename}: {error.strerror}"
+        wrong = f"{error.filename or 'output'}: {error.strerror}"
         wrong += "; free space there, what stood there is unchanged" if error.errno in FULL else ""
     else:
         sys.exit(result.get("exit_code", 0) if isinstance(result, dict) else 0)

@@ -124,6 +124,12 @@ def test_exit_codes_and_one_line_errors(capsys, tmp_path):
     assert code == 130 and "--resume" in err
     assert exit_of(full_disk, [], capsys) == (2, f"{os.path.basename(sys.argv[0])}: a/last.pt: No space left on device; "
                                                  "free space there, what stood there is unchanged")  # fmt: skip
+
+    def full_disk_of_nothing(cfg):
+        raise OSError(28, "No space left on device")
+
+    code, err = exit_of(full_disk_of_nothing, [], capsys)
+    assert code == 2 and "output: No space left on device" in err
     for bug in (ValueError, KeyError, OSError):  # a bug keeps its traceback
         with pytest.raises(bug):
             main(lambda cfg: (_ for _ in ()).throw(bug("ours")), Settings, DOC, [])
