@@ -85,6 +85,7 @@ def run(cfg):
         first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
         fit_scale_factors(model.backbone, collate([dataset[int(i)] for i in first]))
     card = new_card(cfg, origin.card, crystals, splits, record)
+    card["elements"] = sorted({*card["elements"], *(origin.card.get("elements") or [])})  # what it starts from knows
     if cfg.init != "scratch":
         card |= {"parents": [{k: origin.card[k] for k in ("name", "tensors_sha256")}], "weights": [1.0]}
     hub.check_card(card, target, hub.MODEL)

@@ -144,13 +144,12 @@ def new_card(cfg, origin, crystals, splits, record):
     No paths, row ids or labels: a module may be shared when its data may not.
     """
     arch = origin["architecture"]
-    seen = {int(z) for i in splits["train"] for z in crystals.Z[i]} | set(origin.get("elements") or [])
-    own = {int(z) for i in splits["train"] for z in crystals.Z[i]}
+    seen = {int(z) for i in splits["train"] for z in crystals.Z[i]}
     return {
         "kind": cfg.kind, "architecture": arch, "graph": arch["graph"], "record": record,
         "backbone_sha256": origin.get("backbone_sha256") or origin.get("tensors_sha256"),
         **label_card(crystals), "rows_used": len(crystals.y),
-        "elements": sorted(own if origin.get("kind") == hub.BACKBONE else seen),
+        "elements": sorted(seen),
         "seed": cfg.seed, "split_seed": cfg.split_seed, "split": {k: len(v) for k, v in splits.items()},
         "training": {k: getattr(cfg, k) for k in SETTINGS}, "license_code": "MIT",
         "license_weights": origin.get("license_weights"), "license_data": crystals.task.license or None,

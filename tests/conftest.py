@@ -126,7 +126,7 @@ def home(tmp_path_factory):
     root, arch = tmp_path_factory.mktemp("home"), preset("tiny")
     torch.manual_seed(0)
     backbone = build_backbone(arch)
-    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"], "elements": [8]}
+    card = {"kind": "backbone", "architecture": arch, "graph": arch["graph"], "elements": [8, 94]}
     adapters = new_adapters(backbone).state_dict()
     hub.save(root / "hub" / "backbone", backbone.state_dict(), card, adapters_init=adapters)
     shared = dict(task=TASK, data="demo", hub=str(root / "hub"), cache=str(root / "cache"), limit=40, epochs=3,

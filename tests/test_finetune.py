@@ -129,6 +129,10 @@ def test_every_start_gives_a_model(home, tmp_path, changes):
     metrics = finetune.run(replace(home.runs, output=str(tmp_path / "run"), epochs=1, **changes))
     assert math.isfinite(metrics["test_mae"])
     [(model, card)] = predict.load_models(tmp_path / "run")
+    crystals, _, splits = prepare(home.modules, home.arch)
+    seen = {int(z) for i in splits["train"] for z in crystals.Z[i]}
+    start = hub.read_card(home.hub / "backbone")["elements"] if changes["init"] == "backbone" else []
+    assert set(card["elements"]) == seen | set(start)
     assert card["architecture"]["backbone"] == changes.get("backbone", "gemnet_oc")
 
 
