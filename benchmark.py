@@ -1,30 +1,38 @@
 """Methods x tasks x split seeds, from the stages themselves, and the table of their test errors (section 3, Table 1).
 
-    python benchmark.py --task dielectric,mp_phonons --tasks tasks.json --splits splits
+    python benchmark.py --task dielectric,mp_phonons
     python benchmark.py --table --output runs/results
 
 Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
 stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), theta0 (fine-tune the backbone), best-module
 (fine-tune the module with the largest weight: pair-wise transfer), scratch (the backbone's architecture, fresh), cgcnn
-(from scratch). All get the same rows and the same budget of epochs.
+(from scratch); and what one would use instead (baselines.py): magpie (trees), chgnet-svr (frozen features of CHGNet,
+which needs `make teacher`). All get the same rows, and the networks the same budget of epochs.
 """
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from files import VERSION, MissingError, UserError, csv_text, read_json, reading, write_json, write_text
-from stage import LearningRate, Positive, Whole, check_settings, main, say, stage_of, written_by
+from files import (VERSION, MissingError, UserError, csv_text, read_json, reading, whole_folder, write_json,
+                   write_text)
+from stage import (LearningRate, Positive, TaskConfig, Whole, check_settings, compare, main, rests_on, say, split_rows,
+                   stage_of, written_by)
 
 import numpy as np
 
+import baselines
 import compose
+import evaluate
 import finetune
-from tasks import get_task
+from crystals import load_crystals
+from tasks import get_task, inverse, unit_of
 
 WRITES = ("config.json", "table.md", "runs.csv")
-METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn")
+BASELINES = ("magpie", "chgnet-svr")
+METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
     "expt_bandgap": (0.471, 0.374, 0.358, 0.305),
@@ -39,6 +47,11 @@ PUBLISHED = {
     "mp_poly_electronic": (2.97, 2.61, 2.11, 2.09),
     "mp_poly_total": (6.54, 5.51, 4.89, 4.86),
 }
+STD = {  # of the labels, by which the released code divides: a mean over tasks needs errors without a unit
+    "expt_bandgap": 1.6101, "expt_eform": 1.0065, "jarvis_2d_dielectric_opt": 6.7591, "jarvis_2d_eform": 0.8199,
+    "jarvis_2d_exfoliation": 134.17, "jarvis_2d_gap_opt": 1.3779, "mp_eps_electronic": 0.7685, "mp_eps_total": 0.7440,
+    "mp_phonons": 0.7093, "mp_poly_electronic": 13.055, "mp_poly_total": 19.435,
+}  # fmt: skip
 
 
 @dataclass
@@ -46,9 +59,9 @@ class Config:
     task: str = ""  # one or several: a,b,c [the name of --data]
     data: str = ""  # "demo", or a folder or file [each task's own data set]
     tasks: str = ""  # JSON file with more tasks
-    splits: str = ""  # folder with TASK/seedK.json [70/15/15 by the seed]
+    splits: str = ""  # folder with TASK/seedK.json [published ones, else 70/15/15 by the seed]
     seeds: str = "0,1,2"  # of the split and of the training
-    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn"  # also: best-module
+    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn,magpie"  # also: best-module, chgnet-svr
     hub: str = "hub"
     output: str = "runs/benchmark"
     cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
@@ -91,7 +104,10 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    text = f"{table(found)}\n\nCompositions: {merges.__doc__.strip()}\n\n{merges(output)}"
+    parts = [table(found), gains(found)]
+    if (output / "composed").is_dir():
+        parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
+    text = "\n\n".join(part for part in parts if part)
     write_text(output / "table.md", text + "\n")
     write_text(output / "runs.csv", runs_csv(found))
     print(text)
@@ -103,7 +119,11 @@ def one_run(cfg, method, task, name, seed):
     say(cfg, f"--- {method}, {name}, seed {seed}")
     shared = dict(task=task, data=cfg.data, tasks=cfg.tasks, hub=cfg.hub, cache=cfg.cache, limit=cfg.limit, seed=seed,
                   split_seed=seed, split_file=f"{cfg.splits}/{name}/seed{seed}.json" if cfg.splits else "",
-                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet, overwrite=cfg.overwrite)  # fmt: skip
+                  few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet)  # fmt: skip
+    folder = Path(cfg.output) / method / name.lower() / f"seed{seed}"
+    if method in BASELINES:
+        return baseline(cfg, method, TaskConfig(**shared), folder)
+    shared["overwrite"] = cfg.overwrite
     how = dict(init="backbone")
     if method.startswith("moma-"):
         how = dict(init=composed(cfg, method.removeprefix("moma-"), name, seed, shared)["output"])
@@ -113,14 +133,51 @@ def one_run(cfg, method, task, name, seed):
     elif method in ("scratch", "cgcnn"):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
-    folder = Path(cfg.output) / method / name.lower() / f"seed{seed}"
-    finetune.run(finetune.Config(**shared, **how, **budget, output=str(folder), resume=True))
+    run = dict(folds=0, compare=False, output=str(folder), resume=True)
+    finetune.run(finetune.Config(**shared, **how, **budget, **run))
 
 
 def composed(cfg, kind, name, seed, shared):
     """composition.json of the module composed for this split; made once."""
     folder = Path(cfg.output) / "composed" / kind / name.lower() / f"seed{seed}"
-    return compose.run(compose.Config(**shared, kind=kind, output=str(folder)))
+    return compose.run(compose.Config(**shared, kind=kind, folds=0, output=str(folder)))
+
+
+def baseline(cfg, method, settings, folder):
+    """A run without a network, with a fine-tuned run's files. What is finished is kept, or refused, in the same way."""
+    task = get_task(settings.task, settings.tasks, settings.data)
+    crystals = load_crystals(task, settings.limit, quiet=cfg.quiet, cache_dir=cfg.cache)
+    splits, task, y = split_rows(settings, crystals), crystals.task, crystals.y
+    record = {"method": method, "seed": settings.seed, **rests_on(crystals, splits)}
+    if (folder / "metrics.json").exists() and not cfg.overwrite:
+        old = read_json(folder / "config.json", "the settings of a run").get("record")
+        return compare(old, record, folder, "give another --output, or --overwrite")
+    began, train, val = time.perf_counter(), splits["train"], splits["val"]
+    rows = np.concatenate([val, splits["test"]])
+    if method == "magpie":
+        X = baselines.magpie_features(crystals, cfg.cache)
+        prediction = baselines.magpie_trees(X, y, train, rows, settings.seed)
+    else:
+        X = baselines.chgnet_features(crystals, cfg.cache)
+        prediction = baselines.support_vector_regression(X, y, train, val, rows)
+    metrics = {"task": task.name, "init": method, "epochs": None, "best_epoch": None, "unit": unit_of(task)}
+    metrics |= {"seconds": time.perf_counter() - began, "budget": {k: getattr(cfg, k) for k in ("limit", "few_shot")}}
+    mean, files = y[train].mean(), {}
+    for part, p in zip(("val", "test"), np.split(prediction, [len(val)]), strict=True):
+        true = y[splits[part]]
+        metrics |= evaluate.all_scores(task, part, true, p, mean)
+        metrics[f"{part}_mae"] = metrics[part]["mae"]
+        true, p = inverse(task, true), inverse(task, p)
+        lines = zip([crystals.ids[i] for i in splits[part]], true.tolist(), p.tolist(), strict=True)
+        files[f"predictions_{part}.csv"] = csv_text(["id", "target", "prediction"], lines)
+    config = {"stage": stage_of(cfg), "version": VERSION, "record": record, **asdict(settings)}
+    splits = {part: crystals.row[index].tolist() for part, index in splits.items()}
+    with whole_folder(folder, replace=cfg.overwrite) as new:
+        for name, content in (("metrics", metrics), ("splits", splits), ("config", config)):
+            write_json(new / f"{name}.json", content)
+        for name, text in files.items():
+            write_text(new / name, text)
+    print(f"{task.name}, {method}: test MAE {evaluate.sentence(metrics)}; {folder}")
 
 
 def collect(root):
@@ -140,13 +197,15 @@ def collect(root):
 
 
 def check_alike(root, task, runs):
-    """Means are of runs of one budget. runs: [(its name, metrics)]."""
-    (first, one), *others = runs
-    for name, other in others:
-        for k in one["budget"]:
-            if other["budget"][k] != one["budget"][k]:
-                differ = f"{k} {one['budget'][k]} in {first}, but {other['budget'][k]} in {name}"
-                raise UserError(f"{root}: runs of {task} do not compare: {differ}; delete one, or name another --output")
+    """Means are of runs of one budget; only networks have epochs. runs: [(its name, metrics)]."""
+    first = {}  # {setting: (value, of which run)}
+    for name, metrics in runs:
+        for k, value in metrics["budget"].items():
+            known, one = first.setdefault(k, (value, name))
+            if value != known:
+                differ = f"{k} {known} in {one}, but {value} in {name}"
+                cure = "delete one, or name another --output"
+                raise UserError(f"{root}: runs of {task} do not compare: {differ}; {cure}")
 
 
 COLUMNS = ("val_mae", "test_mae", "unit", "train_rows", "best_epoch", "epochs", "seconds")
@@ -162,7 +221,10 @@ def runs_csv(found):
 
 
 def table(found):
-    """Test MAE, mean ± standard deviation over the seeds, as Markdown; the lowest of a row in bold. minutes: all runs."""
+    """Test MAE, mean ± standard deviation over the seeds, as Markdown; the lowest of a row in bold. minutes: all runs.
+
+    Last the mean over the tasks whose STD is published, of MAE / STD.
+    """
     methods = [m for m in METHODS if any(m in runs for runs in found.values())]
     published = any(task in PUBLISHED for task in found)
     head = ["test MAE (unit)", "rows, train / test", *methods, "minutes"]
@@ -184,6 +246,44 @@ def table(found):
         if published:
             cells.append(", ".join(f"{x:g}" for x in PUBLISHED.get(task, ())))
         lines.append("| " + " | ".join(cells) + " |")
+    common = [task for task in found if task in STD]
+    if len(common) > 1:
+        mean = {}
+        for m in methods:
+            errors = [mean_mae(found[task][m]) / STD[task] for task in common if m in found[task]]
+            mean[m] = f"{np.mean(errors):.4f}" + ("" if len(errors) == len(common) else f" ({len(errors)} tasks)")
+        theirs = [np.mean([PUBLISHED[task][i] / STD[task] for task in common]) for i in range(4)]
+        cells = [f"mean of MAE / std, {len(common)} tasks", "", *mean.values(), ""]
+        cells.append(", ".join(f"{x:.4f}" for x in theirs))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_mae(seeds, of=None) -> float:
+    """{seed: metrics} -> mean test MAE over the seeds, or over some of them."""
+    return float(np.mean([metrics["test_mae"] for seed, metrics in seeds.items() if of is None or seed in of]))
+
+
+def gains(found, best="moma-full") -> str:
+    """A line for each other method: mean over the tasks of 1 - MAE / its MAE, on the seeds that both have.
+
+    Of one task: mean and standard deviation over its splits; a mean within that spread is said to be no difference.
+    """
+    lines = []
+    for other in (m for m in METHODS if m != best):
+        gain = []
+        for runs in (runs for runs in found.values() if best in runs and other in runs):
+            seeds = runs[best].keys() & runs[other].keys()
+            of = [seeds] if len(found) > 1 else [{seed} for seed in sorted(seeds)]
+            gain += [1 - mean_mae(runs[best], some) / mean_mae(runs[other], some) for some in of if some]
+        if not gain:
+            continue
+        what, text = "tasks" if len(found) > 1 else "splits", f"gain of {best} over {other}: mean {np.mean(gain):.1%}"
+        if what == "splits" and len(gain) > 1:
+            spread = np.std(gain, ddof=1)
+            inside = " (inside the spread: no difference to speak of)" * bool(abs(np.mean(gain)) <= spread)
+            text += f", spread {spread:.1%} over {len(gain)} splits{inside}"
+        lines.append(f"- {text}, better on {sum(g > 0 for g in gain)} of {len(gain)} {what}")
     return "\n".join(lines)
 
 

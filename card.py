@@ -29,9 +29,9 @@ CARD = {  # every field of module.json; null where it does not apply; mean, std 
     "rows_used": NUMBER, "rows_skipped": NUMBER, "elements": LIST, "seed": NUMBER, "split_seed": NUMBER,
     "split": object, "training": DICT, "record": DICT, "seconds": NUMBER, "hardware": TEXT,
     "author": TEXT, "version": TEXT, "license_code": TEXT, "license_weights": TEXT, "license_data": TEXT,
-    "parents": LIST, "weights": LIST,
+    "parents": LIST, "weights": LIST, "folds": int | None,
 }  # fmt: skip
-LATER = ("physical_unit", "record", "author", "version")  # fields that the first cards of this format lack
+LATER = ("physical_unit", "record", "author", "version", "folds")  # fields that the first cards of this format lack
 
 
 def parse_card(card, file: Path) -> dict:
@@ -79,6 +79,7 @@ def expected(card: dict, kinds: tuple) -> dict:
         "elements": (all(type(z) is int and 0 < z < 119 for z in card["elements"] or []), "atomic numbers"),
         "files_sha256": (all(re.fullmatch(r"[a-zA-Z_-][\w.-]*", f) for f in files), "of files in its folder"),
         "parents": (all(isinstance(name, str) for name in parents), "a list of modules"),
+        "folds": ((card["folds"] or 0) in range(1000), "how many there are"),
         "graph": (card["graph"] in (None, card["architecture"].get("graph")), "that of the architecture"),
     }
 
@@ -164,6 +165,12 @@ def cell(value) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def ratio(card: dict) -> str | None:
+    """Validation MAE over the mean absolute deviation of the labels: 0 is perfect, 1 no better than the mean."""
+    mae, mad = card["val_mae"], card["mad"]
+    return f"{mae / mad:.2f}" if mae is not None and mad else None
+
+
 def readme(card: dict) -> str:
     """README.md with the front matter of the Hugging Face hub, from the card alone."""
     licence = (card["license_weights"] or "unknown").lower().replace(" ", "-")
@@ -178,7 +185,22 @@ def readme(card: dict) -> str:
     front["base_model"] = [p["name"] if isinstance(p, dict) else p for p in parents]
     what = {BACKBONE: "theta_0, the starting point of every module of a MoMa hub",
             "full": "A full MoMa module", "adapter": "An adapter MoMa module"}[card["kind"]]  # fmt: skip
-    table = "\n".join(f"| {k} | {cell(v).replace('|', '/')} |" for k, v in card.items() if v is not None)
+    split = card["split"] if isinstance(card["split"], dict) else {}
+    parts = ", ".join(f"{k} {v}" for k, v in split.items() if k in ("train", "val", "test"))
+    size = f"{cell(card['rows_used'])} ({parts})" if parts else card["rows_used"]
+    error = f"{cell(card['val_mae'])} {cell(card['unit'] or '')}".strip() if card["val_mae"] is not None else None
+    brief = {
+        "property": card["property"], "unit of the label": card["unit"], "rows": size, "validation MAE": error,
+        "MAE/MAD (1: no better than the mean)": ratio(card), "data": card["dataset"],
+        "licence of the data": card["license_data"] or "unknown", "author of the weights": card["author"] or "unknown",
+        "licence of the weights": card["license_weights"] or "unknown", "merged from": ", ".join(front["base_model"]),
+    }  # fmt: skip
+    if not card["parents"]:
+        brief["trained from"] = brief.pop("merged from")
+    brief, table = (
+        "\n".join(f"| {cell(k)} | {cell(v).replace('|', '/')} |" for k, v in rows.items() if v not in (None, ""))
+        for rows in (brief, card)
+    )
     yaml = "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in front.items())  # JSON is YAML
     return f"""---
 {yaml}
@@ -188,6 +210,12 @@ def readme(card: dict) -> str:
 
 {what}. Generated from `module.json`.
 
+| | |
+|---|---|
+{brief}
+
+Use the data under their licence and name their authors. Every field of the card:
+
 | field | value |
 |---|---|
 {table}
@@ -195,3 +223,39 @@ def readme(card: dict) -> str:
 Errors, mean and standard deviation are in the unit above. The card holds no structures and no labels;
 trained weights can still carry traces of their data.
 """
+
+
+def hub_readme(modules) -> str:
+    """README.md of a hub. modules: {name: (card, size in words)}."""
+    head = ["module", "property", "rows", "unit", "val MAE", "MAE/MAD", "kind", "size", "data", "licence of the data",
+            "licence of the weights", "author"]  # fmt: skip
+    rows = [head, ["---"] * len(head)]
+    for name, (card, size) in modules.items():
+        about = [card["property"], card["rows_used"], card["unit"], card["val_mae"], ratio(card), card["kind"], size]
+        about += [card[field] for field in ("dataset", "license_data", "license_weights", "author")]
+        rows.append([f"[{name}]({name}/README.md)", *(cell(c).replace("|", "/") for c in about)])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return HUB_README.format(table=table, count=len(modules) - (BACKBONE in modules))
+
+
+HUB_README = """# A hub of MoMa modules
+
+{count} modules for crystal properties and `backbone`, the starting point theta_0 that all of them share, so that they
+can be averaged. Errors are of validation rows, in the unit given (that of the label after its transform); MAE/MAD:
+over the error of always predicting the mean, so 1 is useless and 0 perfect. Each folder has a card, `module.json`,
+that says how it was made.
+
+{table}
+
+**Use it.** `python compose.py --task dielectric` or, with crystals of your own,
+`python compose.py --data my_folder --unit GPa`.
+
+**Check it.** `python hub.py verify` compares every file with its SHA-256.
+
+**Share a module.** A module is its folder: copy `hub/NAME` into another hub that has the same `backbone` and run
+`python hub.py verify` there, which names what is damaged or starts from another theta_0. A folder holds no structures
+and no labels; `seen.npy`, where there is one, lists the training structures as hashes, so that `compose.py` can say
+which of your crystals a module has seen. A module of your own `--data` has none unless you ask (`--store-hashes yes`).
+Trained weights can still carry traces of their data: mind its licence and name its authors, as the table does.
+
+This file is generated: `python hub.py readme > hub/README.md`."""

@@ -1,27 +1,34 @@
 """Stage 2a: compose the modules of a hub for one task (Adaptive Module Composition: section 2.3, Algorithm 1).
 
     python compose.py --task dielectric --hub hub
+    python compose.py --data my_folder --unit GPa
 
 Writes the composed module runs/composed/TASK, which finetune.py starts from, with composition.json (weights, errors,
-merge gap) and weights.png.
+merge gap, which start is recommended, what the modules have seen of these crystals) and weights.png. With --folds
+(the default for few rows that nothing divides) that module rests on all rows, and folds/0, 1, ... in its folder hold
+one for each fold of cross-validation, composed without the labels of the fold's validation and test rows.
 
 m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a module. g_D: the composed one.
 Merge gap: what the merged module loses against the mixture of predictions that its weights were chosen for.
+Recommended start: the composed module, unless theta_0 or the best single module has a leave-one-out error lower by
+more than two standard errors of the paired difference over the rows (report.py, `recommend`).
 """
 
 import hashlib
+import io
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from files import (MissingError, UserError, cache_folder, cached_folder, new_array, output_path, png, read_json,
-                   write_atomic, write_json, write_skipped)
-from stage import (Above, Positive, TaskConfig, Whole, claim, main, pick_device, prepare, rests_on, run_name, say,
-                   silent, start, work_folder)
+from files import (MissingError, UserError, cache_folder, cached_folder, new_array, output_path, read_json,
+                   write_json, write_skipped)
+from stage import (Above, Positive, TaskConfig, Whole, claim, fold_rows, main, pick_device, read_task, rests_on,
+                   run_name, say, silent, split_rows, start, work_folder)
 
 import numpy as np
 import torch
@@ -30,15 +37,16 @@ from tqdm import tqdm
 import hub
 from card import all_licences
 from crystals import find_source
-from data import to_device
+from data import few_shot, to_device
 from model import Adapters, build_backbone, pool
+from report import (count_seen, draw_heat_map, draw_weights, leakage_verdict, merge_verdict, recommend, seen_before,
+                    start_verdict, table, transform_note)
 from tasks import get_task, task_names, unit_of
 from train_module import Features, encode, finished, label_card, loader, plan_batches, read_graphs
 
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
 DENSE = 2000  # modules up to which D'D goes to cvxpy; a sparse active set above
-LARGE_GAP = 0.5  # a merge that loses more than this share of what the mixture gains over theta_0 is said aloud
 CACHE_VERSION = 1  # raise when embeddings of the same tensors change
 
 
@@ -53,6 +61,8 @@ class Config(TaskConfig):
     neighbors: Positive = 5  # K (2.3)
     temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
     bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
+    folds: Whole | None = None  # of cross-validation; 0: one split [5 below 1,000 rows that nothing divides, else 0]
+    save_embeddings: bool = False  # embeddings.npz: ids, labels, representations of the training rows, for your plots
     overwrite: bool = False  # replace the composed module that stands there
 
 
@@ -244,26 +254,11 @@ def unique(D):
     return bool(eigenvalues[0] > 1e-12 * eigenvalues[-1])
 
 
-def merge_verdict(merged: float, mixture: float, theta_0: float | None):
-    """Sentences on the merge gap, and whether it is large: more than half of the mixture's gain over theta_0 lost.
-
-    A mixture that gains less than a tenth of its own error has little to lose: the tenth then stands for the gain.
-    """
-    gap = merged - mixture
-    gain = max((theta_0 if theta_0 is not None else 1.0) - mixture, 0.1 * mixture)
-    large = gap > LARGE_GAP * gain
-    found = [f"merge gap {gap:+.3f}: composed module less mixture of predictions, in MSE / variance"]
-    if large:
-        found.append("LARGE merge gap: the composed module is not what the weights promise; train theta_0 longer, or "
-                     "the modules less far from it")  # fmt: skip
-    return found, large
-
-
 # -------------------------------------------------------------------------------- representations, each computed once
 
 
 def make_embed(cfg, card, dataset, rows):
-    """Returns embed(key, load) -> (m, C): crystals `rows`, the mean over their atoms, under the tensors load() gives.
+    """Returns embed(key, load) -> (len(rows), C): means over a crystal's atoms under the tensors that load() gives.
 
     card: of one of the modules. key tells the tensors apart (their hash). A result is kept by key, structures and
     settings, so a module is run once on a task, ever. Adapters run on stored atom features: one pass of the backbone
@@ -325,91 +320,157 @@ def run(cfg):
     start(cfg)
     if cfg.all or "," in cfg.task:
         return run_several(cfg)
-    began, given, name, cards = time.monotonic(), cfg, run_name(cfg), candidates(cfg)
+    given, name, cards = cfg, run_name(cfg), candidates(cfg)
     cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", get_task(cfg.task, cfg.tasks, cfg.data).name))
     output = output_path(cfg.output or Path("runs") / "composed" / name)
     hub.check_name(output.name)
     some = next(iter(cards.values()))
-    crystals, dataset, splits = prepare(cfg, some["architecture"])
-    record = {"modules": {name: card["tensors_sha256"] for name, card in cards.items()}, **rests_on(crystals, splits)}
-    record |= {k: getattr(cfg, k) for k in ("select", "neighbors", "temperature", "bootstrap", "seed")}
+    crystals, dataset = read_task(cfg, some["architecture"])
+    folds = fold_rows(cfg, crystals)
+    every = np.arange(len(crystals))  # with folds the label of each row is trained on, in one of them or another
+    splits = {"train": few_shot(every, cfg.few_shot, cfg.split_seed)} if folds else split_rows(cfg, crystals)
+    record = record_of(cfg, cards, crystals, splits)
+    record |= {"folds": len(folds), "split_seed": cfg.split_seed} if folds else {}
     if finished(cfg, output, record, "give another --output, or --overwrite"):
-        return show(cfg, read_json(output / "composition.json", "the report of a composition"), output)
-    card = new_card(cfg, cards, crystals, splits, record)
-    hub.check_card(card, output)
+        return show(cfg, output)
+    hub.check_card(new_card(cfg, cards, crystals, splits, record), output)
     folder = work_folder(output)
-    claim(folder, given, record)
+    claim(folder, replace(given, folds=len(folds)), record)
     write_skipped(folder / "skipped.csv", crystals.skipped)
 
-    g_D, w, result = compose_for(cfg, cards, crystals, dataset, splits["train"])
+    rows = every if folds else splits["train"]
+    embed, seen = make_embed(cfg, some, dataset, rows), seen_before(cfg, cards, crystals)
+    make = partial(composed_module, cfg, cards, crystals, embed, rows, seen)
+    g_D, card, files = make(splits, record)
+    if folds:
+        card["folds"] = files["composition.json"]["split"]["folds"] = len(folds)
+    if cfg.save_embeddings:
+        files["embeddings.npz"] = embeddings_file(cfg, cards, card, crystals, rows, embed, g_D)
+    each = (make(fold, record_of(cfg, cards, crystals, fold)) for fold in folds)
+    hub.save(output, g_D, card, extra=files, overwrite=cfg.overwrite, folds=each)
+    return show(cfg, output)
+
+
+def record_of(cfg, cards, crystals, splits):
+    """What a composition rests on."""
+    record = {"modules": {name: card["tensors_sha256"] for name, card in cards.items()}, **rests_on(crystals, splits)}
+    return record | {k: getattr(cfg, k) for k in ("select", "neighbors", "temperature", "bootstrap", "seed")}
+
+
+def composed_module(cfg, cards, crystals, embed, rows, seen, splits, record):
+    """The tensors, card and files of the module composed on the training rows of `splits`, which are among `rows`."""
+    began, place = time.monotonic(), {int(row): i for i, row in enumerate(rows)}
+    train = [place[int(row)] for row in splits["train"]]
+    g_D, w, result = compose_for(cfg, cards, crystals, splits["train"], lambda *args: embed(*args)[train])
     parents = {name: w_j for name, w_j in zip(cards, w.tolist(), strict=True) if w_j > 0}
-    card |= from_parents(cfg, {name: cards[name] for name in parents}) | {"weights": list(parents.values())}
+    result["leakage"] = count_seen({name: x for name, x in seen.items() if name in ("theta_0", *parents)}, splits)
+    result["notes"].append(leakage_verdict(result["leakage"], splits))
+    card = new_card(cfg, cards, crystals, splits, record) | {"weights": list(parents.values())}
+    card |= from_parents(cfg, {name: cards[name] for name in parents})
     card["seconds"] = round(time.monotonic() - began, 1)
     files = {"composition.json": result, "weights.png": draw_weights(result)}
-    hub.save(output, g_D, card, extra=files, overwrite=cfg.overwrite)
-    return show(cfg, result, output)
+    theta_0 = Path(cfg.hub) / hub.BACKBONE
+    if theta_0.is_dir():  # else what it has seen is not known
+        files |= hub.joined_seen([theta_0, *(hub.module_dir(cfg.hub, name) for name in parents)])
+    return g_D, card, files
 
 
-def show(cfg, result, output):
+def show(cfg, output):
     """Print the report, with --quiet its last line. Returns it with the folder."""
+    form = "the report of a composition"
+    result = read_json(output / "composition.json", form)
     if not cfg.quiet:
-        print(report(result))
+        print(table(result))
     names = {"mixture": "mixture", "composed": "composed module", "best_single": "best module", "theta_0": "theta_0"}
     errors = {name: result["errors"][k] for k, name in names.items()}
     found = ", ".join(f"{name} {e:.3f}" for name, e in errors.items() if e is not None)
-    print(f"{output}: leave-one-out error {found}")
+    print(f"{output}: leave-one-out error {found}; recommended start: {result['recommended']}")
+    K = result["split"].get("folds", 0)
+    folds = [read_json(output / hub.FOLDS / str(k) / "composition.json", form) for k in range(K)]
+    starts = Counter(fold["recommended"] for fold in folds).most_common()
+    if folds and not cfg.quiet:
+        print(f"{output / hub.FOLDS}: {K} folds; recommended starts: {', '.join(f'{s} in {n}' for s, n in starts)}")
     return result | {"output": str(output)}
 
 
-def compose_for(cfg, cards, crystals, dataset, rows):
-    """Algorithm 1 on the training rows, and how far to trust it. Returns g_D, w (N,) and composition.json."""
+def compose_for(cfg, cards, crystals, rows, embed):
+    """Algorithm 1 on the training rows, and how far to trust it. Returns g_D, w (N,) and composition.json.
+
+    embed(key, load) -> (m, C) of these rows.
+    """
     modules = {name: hub.module_dir(cfg.hub, name) for name in cards}
     sha, some = {name: card["tensors_sha256"] for name, card in cards.items()}, next(iter(cards.values()))
+    names = list(cards)
     y = np.asarray(crystals.y, np.float64)[rows]
-    embed = make_embed(cfg, some, dataset, rows)
     estimate = partial(knn_estimate, y=y, K=cfg.neighbors, temperature=cfg.temperature)
     g_D, w, amc = compose(
         modules, lambda name: embed(sha[name], lambda: hub.load_tensors(modules[name])), y,
         cfg.neighbors, cfg.temperature, lambda w: select(w, cfg.select, cfg.seed),
     )  # fmt: skip
 
-    def error_of(name, key, load):
-        return proxy_error(standardise([estimate(finite(embed(key, load), name))], y), [1])
+    def squares_of(name, key, load):
+        return standardise([estimate(finite(embed(key, load), name))], y)[:, 0] ** 2
 
     D = standardise(amc["Y_hat"], y)
     alone = (D**2).mean(axis=0)
-    key = [[sha[name], w_j] for name, w_j in zip(modules, w.tolist(), strict=True) if w_j > 0]
-    errors = {  # leave-one-out; mean squared error / variance of the labels
-        "mixture": proxy_error(D, w),
-        "composed": error_of("(composed)", key if len(key) > 1 else key[0][0], lambda: g_D),
-        "amc": proxy_error(D, amc["w_amc"]),
-        "best_single": float(alone.min()),
-        "uniform": proxy_error(D, np.full(len(w), 1 / len(w))),
-        "theta_0": None,  # a hub of imported modules may lack it
-        "mean": (len(y) / (len(y) - 1)) ** 2,
-    }
+    best = int(alone.argmin())
+    squares = {"composed": squares_of("(composed)", merged_key(cards, w), lambda: g_D)}
+    if w[best] < 1:  # else it is the composed module
+        squares[names[best]] = D[:, best] ** 2
     theta_0 = Path(cfg.hub) / hub.BACKBONE
     if theta_0.is_dir():
         load = {"full": lambda: hub.load_tensors(theta_0), "adapter": lambda: None}[some["kind"]]
-        errors["theta_0"] = error_of("(theta_0)", some["backbone_sha256"], load)
-    verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"])
+        squares["theta_0"] = squares_of("(theta_0)", some["backbone_sha256"], load)
+    means = {name: float(x.mean()) for name, x in squares.items()}
+    recommended, compared = recommend(squares)
+    errors = {  # leave-one-out; mean squared error / variance of the labels
+        "mixture": proxy_error(D, w),
+        "composed": means["composed"],
+        "amc": proxy_error(D, amc["w_amc"]),
+        "best_single": float(alone.min()),
+        "uniform": proxy_error(D, np.full(len(w), 1 / len(w))),
+        "theta_0": means.get("theta_0"),  # a hub of imported modules may lack it
+        "mean": (len(y) / (len(y) - 1)) ** 2,
+    }
+    other = min(compared, key=means.get, default="")
+    alternative = f"--init {other.replace('theta_0', 'backbone')}, error {means[other]:.3f}" if other else ""
+    verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
+    verdict.append(start_verdict(recommended, compared, means))
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
-    names = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
+    fields = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
     columns = zip(w, amc["w_amc"], alone, *boot, strict=True)
-    values = [{k: x if x is None else float(x) for k, x in zip(names, row, strict=True)} for row in columns]
+    values = [{k: x if x is None else float(x) for k, x in zip(fields, row, strict=True)} for row in columns]
     result = {
         "task": crystals.task.name, "unit": unit_of(crystals.task), "label_std": float(y.std()), "rows_used": len(y),
         "modules": {name: {"tensors_sha256": sha[name], **v} for name, v in zip(modules, values, strict=True)},
-        "best_single": list(modules)[int(alone.argmin())], "errors": errors,
+        "best_single": names[best], "errors": errors, "recommended": recommended, "compared": compared,
         "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
         "frank_wolfe_gap": amc["gap"], "solver": amc["solver"], "backbone_sha256": some["backbone_sha256"],
         "neighbors": min(cfg.neighbors, len(y) - 1),
         **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
         "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(rows)},
         "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
-        "notes": verdict + notes(cfg, cards, crystals, D, errors),
+        "notes": verdict + notes(cfg, cards, crystals, D, errors) + transform_note(cfg, crystals.task, y),
     }  # fmt: skip
     return g_D, w, result
+
+
+def merged_key(cards, w):
+    """What the tensors of g_D follow from, for the cache of embeddings."""
+    key = [[card["tensors_sha256"], w_j] for card, w_j in zip(cards.values(), map(float, w), strict=True) if w_j > 0]
+    return key if len(key) > 1 else key[0][0]
+
+
+def embeddings_file(cfg, cards, card, crystals, rows, embed, g_D) -> bytes:
+    """embeddings.npz: ids (m,), y (m,) and, for every parent and "composed", X_NAME (m, C). card: of the composed g_D."""
+    w, X = dict(zip((parent["name"] for parent in card["parents"]), card["weights"], strict=True)), {}
+    for name in w:
+        path = hub.module_dir(cfg.hub, name)
+        X[f"X_{name}"] = embed(cards[name]["tensors_sha256"], partial(hub.load_tensors, path))
+    X["X_composed"] = embed(merged_key(cards, [w.get(name, 0) for name in cards]), lambda: g_D)
+    out = io.BytesIO()
+    np.savez_compressed(out, ids=np.array([crystals.ids[i] for i in rows]), y=crystals.y[rows], **X)
+    return out.getvalue()
 
 
 def candidates(cfg):
@@ -438,7 +499,7 @@ def notes(cfg, cards, crystals, D, errors):
     same = [name for name, card in cards.items() if card.get("dataset_fingerprint") == crystals.fingerprint]
     found = [f"module {name} was trained on these very rows: its error here is not out of sample" for name in same]
     if errors["composed"] >= errors["mean"]:
-        found.append("the composed module predicts these rows no better than their mean: start from another (--init)")
+        found.append("the composed module predicts these rows no better than their mean: expect little of a model")
     if not unique(D):
         found.append(f"the weights are not unique ({m} rows, {N} modules): others fit the training rows as well")
     if cfg.neighbors > m - 1:
@@ -465,6 +526,7 @@ def from_parents(cfg, cards):
     return {
         "elements": sorted({z for card in cards.values() for z in card.get("elements") or []}),
         "parents": [{"name": name, "tensors_sha256": card["tensors_sha256"]} for name, card in cards.items()],
+        "author": "; ".join(sorted({card["author"] for card in [*start, *cards.values()]} - {None})) or None,
         **{k: all_licences([*start, *cards.values()], k) for k in licences},
     }  # fmt: skip
 
@@ -501,65 +563,6 @@ def downstream_tasks(cfg):
     if not here:
         raise MissingError(f"--all: no data for a downstream task ({', '.join(left_out)}); set MATMINER_DATA")
     return here, left_out
-
-
-# ------------------------------------------------------------------------------------------------- report and pictures
-
-
-def report(r):
-    """The table of the weights and the errors behind them, for the screen."""
-    how = f"K={r['neighbors']}, temperature {r['temperature']:g}, {r['select']}"
-    lines = [f"{r['task']}: {r['rows_used']} training rows, {how}"]
-    wide = max(12, *map(len, r["modules"]))
-    lines.append(f"{'module':<{wide}}  weight   bootstrap mean, sd, chosen   error alone")
-    for name, x in sorted(r["modules"].items(), key=lambda item: -item[1]["weight"]):
-        b = [x[f"bootstrap_{k}"] for k in ("mean", "sd", "share")]
-        text = "-" if b[0] is None else f"{b[0]:.3f} +- {b[1]:.3f} {b[2]:7.0%}"
-        lines.append(f"{name:<{wide}}  {x['weight']:6.3f}   {text:>26}   {x['error']:11.3f}")
-    unit = r["unit"] or "units of the label"
-    lines.append(f"{'leave-one-out error':<{wide + 18}}  MSE/variance   RMSE, {unit}")
-    said = {"mixture": "mixture of predictions", "composed": "composed module", "amc": "AMC's own mixture"}
-    said |= {"best_single": f"best module, {r['best_single']}", "uniform": "mixture of all alike"}
-    said |= {"theta_0": "theta_0", "mean": "predicting the mean"}
-    for k, text in said.items():
-        e = r["errors"][k]
-        if e is not None and (k != "amc" or r["select"] != "amc"):
-            lines.append(f"  {text:<{wide + 16}}  {e:12.3f}   {e**0.5 * r['label_std']:.4g}")
-    return "\n".join([*lines, *r["notes"], f"{r['solver']}, Frank-Wolfe gap {r['frank_wolfe_gap']:.1e}"])
-
-
-def draw_weights(r) -> bytes:
-    """A PNG. Bars: the weights. Dots and lines: mean and standard deviation over the bootstrap."""
-    from matplotlib.figure import Figure
-
-    items = sorted(r["modules"].items(), key=lambda item: item[1]["weight"])
-    fig = Figure(figsize=(6, 1.2 + 0.28 * len(items)), layout="constrained")
-    ax = fig.subplots()
-    ax.barh([name for name, _ in items], [x["weight"] for _, x in items], color="#4878a8")
-    for i, (_, x) in enumerate(items):
-        if x["bootstrap_mean"] is not None:
-            ax.errorbar(x["bootstrap_mean"], i, xerr=x["bootstrap_sd"], color="#222222", fmt=".", linewidth=1)
-    ax.set(xlabel="weight (bars); bootstrap mean and sd (dots)", title=f"{r['task']}, {r['rows_used']} rows")
-    ax.set_xlim(left=0)
-    return png(fig)
-
-
-def draw_heat_map(results, path):
-    """Weights, tasks x modules, as Figure 7 of the paper."""
-    from matplotlib.figure import Figure
-
-    tasks, modules = list(results), sorted({name for r in results.values() for name in r["modules"]})
-    W = np.array([[results[task]["modules"].get(g, {"weight": 0})["weight"] for g in modules] for task in tasks])
-    fig = Figure(figsize=(2.5 + 0.5 * len(modules), 1.8 + 0.4 * len(tasks)), layout="constrained")
-    ax = fig.subplots()
-    image = ax.imshow(W, cmap="Blues", vmin=0, aspect="auto")
-    ax.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-    ax.set_yticks(range(len(tasks)), tasks)
-    for i, j in zip(*np.nonzero(W >= 0.005)):
-        color = "white" if W[i, j] > 0.6 * W.max() else "black"
-        ax.text(j, i, f"{W[i, j]:.2f}", ha="center", va="center", fontsize=7, color=color)
-    fig.colorbar(image, label="weight")
-    write_atomic(path, lambda f: f.write(png(fig)))
 
 
 if __name__ == "__main__":

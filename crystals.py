@@ -7,10 +7,13 @@ M: crystals in a task. R: rows of a source, unusable ones included. A: atoms. Le
 used is in `skipped` with a reason, "rule: detail"; nothing is left out without one. Needs numpy only.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +40,7 @@ class Crystals:
     split: list | None = None  # "train", "val" or "test" of a table that has the column
     skipped: list = field(default_factory=list)  # [(id, reason)]
     forces: list | None = None  # (A, 3) float64 each, eV/Å
+    teacher: list | None = None  # (A, C) each, a teacher's features of the atoms (teachers.py)
     fingerprint: str = ""  # sha256 over Z, pos, cell, y
     num_rows: int = 0  # rows of the source
 
@@ -158,7 +162,7 @@ def elements(crystals) -> list:
 def subset(crystals: Crystals, idx) -> Crystals:
     """The crystals at positions idx, in that order."""
     picked = {}
-    for name in ("ids", "Z", "pos", "cell", "pbc", "y", "row", "split", "forces"):
+    for name in ("ids", "Z", "pos", "cell", "pbc", "y", "row", "split", "forces", "teacher"):
         values = getattr(crystals, name)
         if isinstance(values, np.ndarray):
             picked[name] = values[[int(i) for i in idx]]
@@ -193,6 +197,57 @@ def duplicate_key(Z, pos, cell) -> str:
     atoms = atoms[np.lexsort(atoms.T[::-1])]
     box = np.rint(np.asarray(cell) / 1e-4).astype(np.int64)
     return hashlib.blake2b(atoms.tobytes() + box.tobytes(), digest_size=12).hexdigest()
+
+
+def prototype(Z, pos, cell) -> str:
+    """Which compound this is: equal for another choice of the cell, a supercell or a slight relaxation.
+
+    Made of the space group within SYMPREC, of the orbits of the primitive cell (element, how often, site symmetry), and
+    of whether it is a slab in vacuum. Polymorphs that agree in all of these count as one. Molecules are told apart by
+    their geometry.
+    """
+    if not np.any(cell):
+        return duplicate_key(Z, pos, cell)
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # of cells for which a looser tolerance is tried first
+    import spglib
+
+    found = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for symprec in (SYMPREC, 0.01, 1e-4):
+            with contextlib.suppress(spglib.SpglibError):
+                found = found or spglib.get_symmetry_dataset((cell, pos @ np.linalg.inv(cell), Z), symprec=symprec)
+    if found is None:  # atoms on top of each other: what is left is the formula
+        parts = [int(z) for z in sorted(Z)]
+    else:
+        _, where = np.unique(found.mapping_to_primitive, return_index=True)  # one atom of the cell for each
+        orbit, count = np.unique(found.equivalent_atoms[where], return_counts=True)
+        sites = ((int(Z[i]), int(n), found.site_symmetry_symbols[i]) for i, n in zip(orbit, count, strict=True))
+        parts = [int(found.number), in_vacuum(pos, cell), *sorted(sites)]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+SYMPREC, GAP = 0.1, 6.0  # Å
+
+
+def in_vacuum(pos, cell) -> int:
+    """Along how many lattice vectors the atoms leave a gap of more than GAP: 0 of a crystal, 1 of a layer."""
+    frac = np.sort(pos @ np.linalg.inv(cell) % 1, axis=0)
+    gaps = np.diff(frac, axis=0, append=frac[:1] + 1).max(axis=0)
+    return int((gaps / np.linalg.norm(np.linalg.inv(cell), axis=0) > GAP).sum())
+
+
+def prototypes(crystals, cache_dir="", quiet=False) -> list:
+    """`prototype` of every crystal, through the cache."""
+    structures = list(zip(crystals.Z, crystals.pos, crystals.cell))
+    key = hashlib.sha256("\n".join(structure_hash(*s) for s in structures).encode()).hexdigest()[:24]
+
+    def build(folder):
+        found = [prototype(*s) for s in progress(structures, "prototypes", quiet)]
+        (folder / "prototypes.json").write_text(json.dumps(found))
+
+    folder = cached_folder(cache_folder(cache_dir) / f"prototypes-{key}", build)
+    return json.loads((folder / "prototypes.json").read_text())
 
 
 # ---------------------------------------------------------------- from a source to rows

@@ -7,6 +7,7 @@ M: crystals in a task. A: atoms. B: crystals in a batch. E: edges. Lengths in Å
 torch and numpy only.
 """
 
+import filecmp
 import hashlib
 import json
 import sys
@@ -21,6 +22,8 @@ import torch
 from crystals import MAX_ATOMS, Crystals, duplicate_key, structure_hash
 from crystals import from_structures as from_structures  # users call it as data.from_structures
 from files import UserError, cache_folder, cached_folder, progress, read_json
+from sources import SHIPPED, find_source
+from tasks import TASKS
 
 # ---------------------------------------------------------------- splits and batches
 
@@ -29,11 +32,12 @@ PARTS = ("train", "val", "test")
 SPLIT_FORM = 'JSON {"train": [...], "val": [...], "test": [...]} with row numbers, or ids, in the lists'
 
 
-def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
-    """{"train", "val", "test"}: positions into `crystals`, from a file, a column or 70/15/15 at random.
+def make_splits(crystals: Crystals, split_seed=0, split_file="", quiet=False, held_out=0.3) -> dict:
+    """{"train", "val", "test"}: positions into `crystals`, from a file, a column, as published or 70/15/15 at random.
 
     split_file: JSON with a list for each part, of row numbers in the source or of ids; what was skipped
     (or left out by a limit) is dropped and counted on stderr. Raises UserError where a part is empty.
+    held_out: the share of the rows that a random split keeps for val and test, half each.
     """
     if split_file:
         return read_split(crystals, Path(split_file))
@@ -45,9 +49,38 @@ def make_splits(crystals: Crystals, split_seed=0, split_file="") -> dict:
     M = len(crystals)
     if M < 3:
         raise UserError(f"task {crystals.task.name}: {M} usable rows; three parts need at least 3")
+    published, choice = published_split(crystals, split_seed)
+    if choice and not quiet:
+        print(f"{crystals.task.name}: {choice}", file=sys.stderr)
+    if published:
+        return read_split(crystals, published)
     order = np.random.RandomState(split_seed).permutation(M)
-    n = max(1, round(0.15 * M))
+    n = max(1, round(held_out / 2 * M))
     return {"train": np.sort(order[2 * n :]), "val": np.sort(order[:n]), "test": np.sort(order[n : 2 * n])}
+
+
+def published_split(crystals, seed=0):
+    """The file of the split that Chang et al. 2022 published under this seed, or None; and why, in words.
+
+    They are for the tables in datasets/, so all rows of these and no other table. ("" where none is published at all.)
+    """
+    task, folder = crystals.task, SHIPPED / "splits" / crystals.task.name
+    seeds = sorted(int(path.stem.removeprefix("seed")) for path in folder.glob("seed*.json"))
+    if not seeds or not task.dataset:
+        return None, ""
+    source = find_source(task)
+    shipped = SHIPPED / source.name
+    if not shipped.is_file() or not filecmp.cmp(source, shipped, shallow=False):
+        why = f"published splits are for the table in {SHIPPED}, not for {source}"
+    elif task.target_column != TASKS[task.name].target_column:
+        why = f"published splits are for the column {TASKS[task.name].target_column}"
+    elif len(crystals) + len(crystals.skipped) < crystals.num_rows:
+        why = "published splits are for all rows (--limit 0)"
+    elif seed not in seeds:
+        why = f"splits are published for the seeds {seeds[0]} to {seeds[-1]}"
+    else:
+        return folder / f"seed{seed}.json", f"the published split of seed {seed}"
+    return None, f"a random 70/15/15 split of seed {seed}; {why}"
 
 
 def split_by_column(crystals):
@@ -92,6 +125,37 @@ def checked(parts, source):
     if len(set(everything)) < len(everything):
         raise UserError(f"{source}: a row is listed twice, so the parts overlap")
     return {name: np.array(rows, dtype=np.int64) for name, rows in parts.items()}
+
+
+def make_folds(crystals: Crystals, K: int, seed=0) -> list:
+    """K-fold cross-validation: [{"train", "val", "test"}] of positions (ascending), one for each fold.
+
+    The test parts are disjoint and together are all rows. Of the others a sixth is val (for early stopping), the
+    rest train. Rows of one structure (equal `duplicate_key`) are never in two parts. The same arguments give the
+    same folds. Raises UserError where a part would be empty.
+    """
+    keys = [duplicate_key(*s) for s in zip(crystals.Z, crystals.pos, crystals.cell)]
+    group = np.unique(keys, return_inverse=True)[1]  # (M,) which structure
+    G, M, random = group.max() + 1, len(crystals), np.random.RandomState(seed)
+    if not 2 <= K <= G or K == 2 and G < 4:
+        least = max(K, 4 if K == 2 else 3)
+        why = f"{G} different structures; {K} folds need at least {least}, and there are no fewer folds than 2"
+        raise UserError(f"--folds {K}: task {crystals.task.name} has {why}; lower it, or --folds 0 for one split")
+    size, fold = np.bincount(group), np.zeros(G, np.int64)  # (G,) rows and fold of every structure
+    order, filled = random.permutation(G), np.zeros(K, np.int64)
+    for g in order[np.argsort(-size[order], kind="stable")]:  # the largest first, each to the emptiest fold
+        fold[g] = filled.argmin()
+        filled[fold[g]] += size[g]
+    found = []
+    for k in range(K):
+        others = random.permutation(np.flatnonzero(fold != k))
+        enough = max(1, round((M - filled[k]) / 6))
+        n = 1 + np.searchsorted(size[others].cumsum(), enough)
+        val = np.isin(group, others[: min(n, len(others) - 1)])
+        test = fold[group] == k
+        parts = {"train": ~test & ~val, "val": val, "test": test}
+        found.append({name: np.flatnonzero(rows) for name, rows in parts.items()})
+    return found
 
 
 def few_shot(rows, n: int, seed: int):
@@ -370,8 +434,9 @@ def collate(records, edge_dropout=0.0, generator=None):
     for key in ("y", "index"):
         if key in records[0]:
             batch[key] = torch.as_tensor(np.array([r[key] for r in records]))
-    if "forces" in records[0]:
-        batch["forces"] = join("forces")  # (A, 3)
+    for key in ("forces", "teacher"):  # of atoms: (A, 3), (A, C)
+        if key in records[0]:
+            batch[key] = join(key)
     for name in GRAPHS:
         if f"{name}.index" not in records[0]:
             continue
@@ -496,7 +561,7 @@ class GraphDataset:
     """Graphs of all crystals, built once into one memory-mapped folder and read back one record at a time.
 
     The folder's name is the hash of the structures and the graph settings (labels play no part), so tasks on
-    the same structures share it. dataset[i] is build_graphs' record with index, y and, if given, forces.
+    the same structures share it. dataset[i] is build_graphs' record with index, y and, if given, forces and teacher.
     """
 
     def __init__(self, crystals: Crystals, graph, cache_dir="", quiet=False):
@@ -517,8 +582,9 @@ class GraphDataset:
             name: np.array(flat[start[i] : start[i + 1]]) for name, (flat, start) in self.fields.items()
         }
         record["index"], record["y"] = i, self.y[i]
-        if self.crystals.forces is not None:
-            record["forces"] = self.crystals.forces[i]
+        for name in ("forces", "teacher"):
+            if (labels := getattr(self.crystals, name)) is not None:
+                record[name] = labels[i]
         return record
 
     def __getstate__(self):  # a worker process maps the files again: pickling a memory map would copy it

@@ -1,41 +1,47 @@
 """Stage 2b: fine-tune the composed module g_D on its task (section 2.3): a model, its error, its predictions.
 
     python finetune.py --task dielectric
+    python finetune.py --data my_folder
 
-Starts from --init: the composed module of the task, whose labels, split and training rows are taken over; or
-backbone (theta_0), scratch, a module of the hub, or a module's folder. The head is new. What trains, --train:
+Starts from --init: auto, what compose.py recommends for the task (the composed module, a single one, or theta_0), or
+composed, whose labels, rows and split are taken over; or backbone (theta_0), scratch, a module of the hub, or a
+module's folder. The head is new. What trains, --train:
 
 all: the whole of a full module; of an adapter module the adapters (atom features are computed once); and the head.
 head: only the head, which continues that of --init.  new-head: only a new one.  interactions: the interaction blocks
 and the head, while embeddings and outputs stay (the freed layers of Devi et al. 2024).
+
+With --folds K, K models: each is tested on the K-th part of the rows that it has not seen, so together on all rows, and
+predict.py takes their mean. The folder of such a run holds fold0, fold1, ..., each what a run without folds writes.
 
 y: labels after the task's transform (the unit of mae, mad); predictions are written in the physical unit.
 """
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from files import MissingError, UserError, csv_text, output_path, png, read_json, recover, short
-from stage import (Positive, Seed, Whole, barrier, check_settings, claim, compare, hints_of, main, number, prepare,
-                   rank, rests_on, run_name, start, work_folder, written_by)
+from files import MissingError, UserError, output_path, read_json, recover, short
+from stage import (Positive, Seed, Whole, barrier, check_settings, claim, compare, fold_rows, hints_of, main, number,
+                   rank, read_task, rests_on, run_name, say, split_rows, start, work_folder, written_by)
 
 import numpy as np
 import torch
 
 import hub
 from data import collate
-from model import build_backbone, fit_scale_factors, preset, training_defaults
-from tasks import inverse, unit_of
-from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, tensors_of, train
+from evaluate import FOLDED, finished_folds, sentence, write, write_folds
+from model import BACKBONES, build_backbone, fit_scale_factors, preset, training_defaults
+from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, train
 
 
 @dataclass
 class Config(TrainConfig):
-    init: str = "composed"  # composed, backbone, scratch, a name in the hub, or a folder
+    init: str = "auto"  # compose.py's choice; or composed, backbone, scratch, a module
     train: Literal["all", "head", "new-head", "interactions"] = "all"  # interactions: these blocks and the head
     output: str = ""  # folder of the result [runs/TASK]
     kind: Literal["full", "adapter"] = "full"  # with --init backbone; a module has its own
@@ -45,8 +51,10 @@ class Config(TrainConfig):
     batch_size: Positive = 32  # B.2
     patience: Whole = 10  # stop after so many epochs without a better val MAE; 0: never
     limit: Whole | None = None  # use this many random rows; 0: all
-    split_seed: Seed | None = None  # of 70/15/15
+    split_seed: Seed | None = None  # of the published split, where the task has one, else of 70/15/15
     few_shot: Whole | None = None  # keep this many random training rows; 0: all
+    folds: Whole | None = None  # of cross-validation [5 below 1,000 rows without a split of their own]
+    compare: bool = True  # with Magpie trees on the same rows; --no-compare leaves it out
 
 
 COMPOSED_FROM = ("data", "tasks", "target_column", "structure_column", "id_column", "unit", "transform", "pooling",
@@ -59,27 +67,32 @@ def run(cfg):
     given, name = cfg, run_name(cfg)
     target = output_path(cfg.output or Path("runs") / name)
     check_output(target)
-    path = init_folder(cfg, name)
-    cfg = take_over(cfg, path)
-    origin = start_from(cfg, path)
-    arch = origin.card["architecture"]
-    cfg = replace(cfg, kind=origin.kind, lr=cfg.lr or training_defaults(arch, "finetune")["lr"])
+    origin = find_start(cfg, name)
+    cfg = take_over(cfg, origin)
+    crystals, dataset = read_task(cfg, origin.card["architecture"])
+    folds = fold_rows(cfg, crystals)
+    check_form(target, len(folds))
+    if folds:
+        run_folds(given, cfg, target, crystals, dataset, folds)
+    else:
+        fine_tune(given, cfg, target, origin, crystals, dataset, split_rows(cfg, crystals))
+    return show(target)
 
-    crystals, dataset, splits = prepare(cfg, arch)
-    rests = rests_on(crystals, splits)
-    if "composition.json" in origin.card.get("files_sha256", {}):
-        cure = "fine-tune on those, or compose again for these"
-        compare(rests_of(origin.card["record"], rests), rests, f"{path} was composed on other rows or labels", cure)
-    start_sha = origin.card.get("tensors_sha256") or json.dumps(arch, sort_keys=True)
-    record = {"init": start_sha, "kind": cfg.kind, "train": cfg.train, **rests}
-    record |= {k: getattr(cfg, k) for k in SETTINGS}
-    record["ids"] = hashlib.sha256("\n".join(crystals.ids).encode()).hexdigest()  # predictions.csv names them
+
+def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
+    """One model, from its start to the whole folder `target`. given: the settings before any was filled in."""
+    cfg, rests = settled(cfg, origin), rests_on(crystals, splits)
+    if origin.composition:
+        cure, found = "fine-tune on those, or compose again for these", hub.read_card(origin.composition)["record"]
+        compare(rests_of(found, rests), rests, f"{origin.composition} was composed on other rows or labels", cure)
+    record = record_of(cfg, crystals, start_sha(origin), rests)
     if finished(cfg, target, record, "give another --output, or --overwrite"):
-        return show(cfg, target)
-
-    model = new_head(origin.backbone, origin.adapters, crystals.task.pooling, cfg.seed)
+        return
+    say(cfg, f"start: {origin.why}")
+    begin = load_start(cfg, origin)
+    model = new_head(begin.backbone, begin.adapters, crystals.task.pooling, cfg.seed)
     if cfg.train == "head":
-        model.head = origin.head
+        model.head = begin.head
     choose_trained(model, cfg.train)
     if cfg.init == "scratch":
         first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
@@ -94,17 +107,52 @@ def run(cfg):
     result, errors = train(cfg, folder, model, crystals, dataset, splits)
     if rank() == 0:
         card |= results(result, errors)
-        write(cfg, target, model, card, result, crystals, splits, errors)
+        write(cfg, target, origin, model, card, result, crystals, dataset, splits, errors)
         (folder / "last.pt").unlink(missing_ok=True)
     barrier()
-    return show(cfg, target)
 
 
-def show(cfg, target):
-    """Print the result in one line. Returns the metrics."""
+def run_folds(given, cfg, target, crystals, dataset, folds):
+    """A model for each fold in the work folder; then all of them, and what they say together, in `target`."""
+    origins = [find_start(cfg, run_name(cfg), k) for k in range(len(folds))]
+    init = {f"fold{k}": start_sha(origin) for k, origin in enumerate(origins)}
+    rests = rests_on(crystals, {"all": np.arange(len(crystals))})
+    record = record_of(settled(cfg, origins[0]), crystals, init, rests)
+    record |= {"folds": len(folds), "split_seed": cfg.split_seed, "few_shot": cfg.few_shot}
+    if finished_folds(cfg, target, record):
+        return
+    work = work_folder(target)
+    claim(work, given, record)
+    if rank() == 0 and cfg.overwrite and not cfg.resume:
+        clear(work)
+    barrier()
+    one = replace(cfg, overwrite=False, compare=False)
+    for k, (origin, splits) in enumerate(zip(origins, folds, strict=True)):
+        say(cfg, f"--- fold {k + 1} of {len(folds)}")
+        fine_tune(given, one, work / f"fold{k}", origin, crystals, dataset, splits)
+    if rank() == 0:
+        write_folds(cfg, target, record, origins, crystals, folds)
+        clear(work)
+    barrier()
+
+
+def clear(work):
+    """Delete the models of the folds, finished or not, from the work folder."""
+    for folder in [work / ".runs", *work.glob("fold[0-9]*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def show(target):
+    """Print the result: errors, then how they compare. Returns the metrics."""
     metrics = read_json(target / "metrics.json", "the metrics of a run")
     if rank() == 0:
-        print(f"{metrics['task']}, {cfg.init}: test MAE {sentence(metrics)}; {target}")
+        print(f"{metrics['task']}, {metrics['init']}: test MAE {sentence(metrics)}; {target}")
+        if metrics.get("verdict"):
+            print(metrics["verdict"])
+        seen = metrics.get("leakage") or {"test": 0}
+        if seen["test"]:
+            rest = f"MAE of the others {number(seen['test_mae_unseen'])} {metrics['unit']}".strip()
+            print(f"{seen['test']} of the test crystals were in the training of the start, with some label; {rest}")
     return metrics
 
 
@@ -116,28 +164,84 @@ def check_output(target):
         raise UserError(f"--output {target}: is inside a hub or a module; choose a place outside")
 
 
-def init_folder(cfg, name):
-    """The module's folder that --init means; None for scratch."""
+def check_form(target, folds):
+    """A run of folds and one of one split hold different files: they do not replace each other."""
+    recover(target)
+    there = "folds" if (target / FOLDED).exists() else "one split" if (target / "module.json").exists() else ""
+    if there and (there == "folds") != bool(folds):
+        new = f"{folds} folds" if folds else "one split"
+        raise UserError(f"{target}: holds a run of {there}, this one is of {new}; give another --output, or delete it")
+
+
+# ---------------------------------------------------------------- the start, and the settings that come with it
+
+
+def find_start(cfg, name, fold=None):
+    """What --init means, before any tensor is read: path (None: scratch), card, kind, name and why, for people, and the
+    folder of the composition behind it, or None. fold: its number, for the module composed without its test labels."""
     if cfg.init == "scratch":
-        return None
-    if cfg.init == "composed":
+        if cfg.kind == "adapter" or cfg.train != "all":
+            raise UserError("--init scratch: nothing is pre-trained, so use --kind full --train all")
+        card = {"architecture": scratch_architecture(cfg), "elements": []}
+        return SimpleNamespace(path=None, card=card, kind="full", name="scratch", why="scratch", composition=None)
+    if cfg.init in ("auto", "composed"):
         path = Path("runs") / "composed" / name
         source = f"--task {cfg.task}" if cfg.task else f"--data {cfg.data}"
-        cure = f"make it with `python compose.py {source}`, or give its folder"
+        cure = f"make it with `python compose.py {source}`, or give --init backbone"
     elif "/" in cfg.init or (Path(cfg.init) / "module.json").exists():
         path, cure = Path(cfg.init), "give the folder of a module"
     else:
         path = hub.module_dir(cfg.hub, cfg.init)
-        cure = "give composed, backbone, scratch, a module of --hub, or the folder of a module"
+        cure = "give auto, composed, backbone, scratch, a module of --hub, or the folder of a module"
     recover(path)
     if not (path / "module.json").exists():
         raise MissingError(f"--init {cfg.init}: no module in {path}; {cure}")
-    return path
+    card, chosen = hub.read_card(path), "composed" if cfg.init == "composed" else path.name
+    composition = path if "composition.json" in card["files_sha256"] else None
+    if composition and fold is not None:
+        path = composition = path / hub.FOLDS / str(fold)
+        if not path.is_dir():
+            cure = "compose with the same --folds, or give --init backbone"
+            raise MissingError(f"{path}: no module composed without the labels that fold {fold + 1} tests; {cure}")
+        card = hub.read_card(path)
+    kind, why = card["kind"] if card["kind"] != hub.BACKBONE else cfg.kind, str(path)
+    if cfg.init == "auto":
+        path, chosen, why = recommended(cfg, path)
+        card = hub.read_card(path)
+    for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
+        if wanted and wanted != card["architecture"][key]:
+            found = card["architecture"][key]
+            raise UserError(f"--{key} {wanted}: {path} is {found}; the flag is for --init scratch")
+    if cfg.train == "head" and not {hub.HEAD, hub.MODEL} & card["files_sha256"].keys():
+        raise UserError(f"--train head: {path} has no head to continue; use --train new-head")
+    if cfg.train == "interactions" and kind == "adapter":
+        raise UserError("--train interactions: adapter modules never train them; use all, head or new-head")
+    if cfg.train == "interactions" and not BACKBONES[card["architecture"]["backbone"]].interactions:
+        which = card["architecture"]["backbone"]
+        raise UserError(f"--train interactions: {which} does not name its interaction blocks")
+    return SimpleNamespace(path=path, card=card, kind=kind, name=chosen, why=why, composition=composition)
 
 
-def take_over(cfg, path):
+def recommended(cfg, composition):
+    """The start with the best leave-one-out error, as compose.py found it: its folder, its name, and the numbers."""
+    hub.checked_file(composition, "composition.json")
+    report = read_json(composition / "composition.json", "the report of a composition")
+    name, errors = report.get("recommended"), report["errors"]
+    if not name:
+        cure = "compose again with --overwrite, or give --init composed"
+        raise UserError(f"{composition}: an earlier release composed it, which recommends no start; {cure}")
+    theta_0 = Path(cfg.hub) / hub.BACKBONE
+    path = {"composed": composition, "theta_0": theta_0}.get(name) or hub.module_dir(cfg.hub, name)
+    if not (path / "module.json").exists():
+        raise MissingError(f"--init auto: {composition} recommends {name}, but there is no {path}; give its --hub")
+    of = {"composed": "composed", f"best module {report['best_single']}": "best_single", "theta_0": "theta_0"}
+    known = ", ".join(f"{what} {errors[key]:.3f}" for what, key in of.items() if errors[key] is not None)
+    return path, name, f"{name}, recommended by {composition} (leave-one-out error: {known})"
+
+
+def take_over(cfg, origin):
     """What the command line leaves open: which labels and rows, as the composed module's own settings say."""
-    taken, hints = {}, hints_of(Config)
+    taken, hints, path = {}, hints_of(Config), origin.composition
     if path is not None and written_by(work_folder(path)) == "compose":
         file = work_folder(path) / "config.json"
         settings = read_json(file, "the settings of compose.py")
@@ -147,10 +251,30 @@ def take_over(cfg, path):
                 raise UserError(f"{file}: {k} is {short(value)}, not {hints[k][0].__name__}; compose again")
     if taken.get("split_file"):
         taken["split_file"] = taken["split_file"].replace("{task}", cfg.task)
+    if path is not None and cfg.folds is None:
+        taken["folds"] = hub.read_card(path).get("folds") or 0
     empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}
     cfg = replace(cfg, **empty | taken)
     check_settings(cfg)
     return cfg
+
+
+def settled(cfg, origin):
+    """The settings with what depends on the start."""
+    lr = cfg.lr or training_defaults(origin.card["architecture"], "finetune")["lr"]
+    return replace(cfg, kind=origin.kind, lr=lr)
+
+
+def record_of(cfg, crystals, init, rests):
+    """What a result follows from. init: hash of the start, or {fold: hash}."""
+    record = {"init": init, "kind": cfg.kind, "train": cfg.train, **rests}
+    record |= {k: getattr(cfg, k) for k in SETTINGS}
+    record["ids"] = hashlib.sha256("\n".join(crystals.ids).encode()).hexdigest()  # predictions.csv names them
+    return record | {"compare": True} if cfg.compare else record
+
+
+def start_sha(origin) -> str:
+    return origin.card.get("tensors_sha256") or json.dumps(origin.card["architecture"], sort_keys=True)
 
 
 def rests_of(record, like):
@@ -158,30 +282,12 @@ def rests_of(record, like):
     return {k: (record or {}).get(k) for k in like}
 
 
-def start_from(cfg, path):
-    """What training starts from: a hub.Module, or a fresh backbone."""
-    if path is None:
-        if cfg.kind == "adapter" or cfg.train != "all":
-            raise UserError("--init scratch: nothing is pre-trained, so use --kind full --train all")
-        arch = scratch_architecture(cfg)
+def load_start(cfg, origin):
+    """What training starts from, as networks: a hub.Module, or a fresh backbone."""
+    if origin.path is None:
         torch.manual_seed(cfg.seed)
-        card = {"architecture": arch, "elements": []}
-        return SimpleNamespace(card=card, kind="full", backbone=build_backbone(arch), adapters=None, head=None)
-    card = hub.read_card(path)
-    for key, wanted in (("preset", cfg.preset), ("backbone", cfg.backbone)):
-        if wanted and wanted != card["architecture"][key]:
-            found = card["architecture"][key]
-            raise UserError(f"--{key} {wanted}: {path} is {found}; the flag is for --init scratch")
-    kind = card["kind"] if card["kind"] in ("full", "adapter") else cfg.kind
-    module = hub.load_module(path, cfg.hub, kind=kind)
-    if cfg.train == "head" and module.head is None:
-        raise UserError(f"--train head: {path} has no head to continue; use --train new-head")
-    if cfg.train == "interactions" and kind == "adapter":
-        raise UserError("--train interactions: adapter modules never train them; use all, head or new-head")
-    if cfg.train == "interactions" and not module.backbone.interactions:
-        name = card["architecture"]["backbone"]
-        raise UserError(f"--train interactions: {name} does not name its interaction blocks")
-    return SimpleNamespace(card=card, kind=kind, backbone=module.backbone, adapters=module.adapters, head=module.head)
+        return SimpleNamespace(backbone=build_backbone(origin.card["architecture"]), adapters=None, head=None)
+    return hub.load_module(origin.path, cfg.hub, kind=origin.kind)
 
 
 def scratch_architecture(cfg):
@@ -203,74 +309,6 @@ def choose_trained(model, what):
     if what == "interactions":
         for name, p in model.backbone.named_parameters():
             p.requires_grad_(name.startswith(tuple(model.backbone.interactions)))
-
-
-def scores(y, prediction, mean, unit):
-    """Errors of one split in the unit of y, null where undefined. mad: error of predicting the training mean."""
-    error, spread = np.abs(prediction - y), ((y - y.mean()) ** 2).sum()
-    found = {"mae": error.mean(), "rmse": np.sqrt((error**2).mean()), "mad": np.abs(y - mean).mean()}
-    found |= {"mad_mae": found["mad"] / found["mae"] if found["mae"] else None}
-    found |= {"r2": 1 - (error**2).sum() / spread if spread else None}
-    defined = {k: float(v) if v is not None and np.isfinite(v) else None for k, v in found.items()}
-    return defined | {"unit": unit, "rows": len(y)}
-
-
-def write(cfg, target, model, card, result, crystals, splits, errors):
-    """The result's folder, by one rename: model and card, metrics, predictions, splits, parity plot, settings."""
-    task, unit, mean = crystals.task, unit_of(crystals.task), result["normalizer_mean"]
-    metrics = {"task": task.name, "init": Path(cfg.init).name, "kind": cfg.kind, "epochs": result["epochs"]}
-    files = {}
-    for name, (index, y, prediction) in errors.items():
-        metrics[name] = scores(y, prediction, mean, unit)
-        if task.transform != "none":  # and as people say it
-            y, prediction = inverse(task, y), inverse(task, prediction)
-            metrics[f"{name}_physical"] = scores(y, prediction, inverse(task, mean), task.unit)
-        rows = zip([crystals.ids[i] for i in index], y.tolist(), prediction.tolist(), strict=True)
-        files[f"predictions_{name}.csv"] = csv_text(["id", "target", "prediction"], rows).encode()
-    metrics |= {"val_mae": metrics["val"]["mae"], "test_mae": metrics["test"]["mae"], "unit": unit}
-    metrics |= {"best_epoch": result["best_epoch"], "seconds": result["seconds"]}
-    metrics["budget"] = {k: getattr(cfg, k) for k in ("epochs", "patience", "batch_size", "limit", "few_shot")}
-    rows = {name: crystals.row[index].tolist() for name, index in splits.items()}
-    settings = read_json(work_folder(target) / "config.json", "the settings of a run")
-    for name, content in (("metrics", metrics), ("splits", rows), ("config", settings)):
-        files[f"{name}.json"] = (json.dumps(content, indent=2) + "\n").encode()
-    files["skipped.csv"] = csv_text(["id", "reason"], crystals.skipped).encode()
-    files["parity.png"] = draw_parity(task, errors["test"], metrics)
-    hub.save(target, tensors_of(model), card, history=result["history"], extra=files, overwrite=cfg.overwrite,
-             main=hub.MODEL)  # fmt: skip
-
-
-def sentence(metrics) -> str:
-    """The errors of the test rows in words; what is undefined is left out."""
-    test, physical = metrics["test"], metrics.get("test_physical")
-    mae = f"{number(test['mae'])} {test['unit']}".strip()
-    parts = [f"{mae} = {number(physical['mae'])} {physical['unit']}".strip() if physical else mae]
-    forms = {"mad_mae": "MAD:MAE {:.3g}", "r2": "R2 {:.3f}"}
-    parts += [form.format(test[k]) for k, form in forms.items() if test[k] is not None]
-    verdict = ["no better than predicting the mean"] * ((test["mad_mae"] or 2) <= 1)
-    return ", ".join([*parts, f"{test['rows']} crystals", *verdict])
-
-
-def draw_parity(task, errors, metrics) -> bytes:
-    """Predicted against true, test rows, a PNG: in physical units, on the axes of the transform."""
-    from matplotlib.figure import Figure
-
-    y, prediction = (inverse(task, v) for v in errors[1:])
-    drawn = np.isfinite(prediction)  # the exponential of a prediction far off may not be
-    y, prediction = y[drawn], prediction[drawn]
-    score = metrics.get("test_physical", metrics["test"])
-    fig = Figure(figsize=(4.2, 4.2), layout="constrained")
-    ax = fig.subplots()
-    ends = [f([*y, *prediction], default=1) for f in (min, max)]
-    ax.plot(ends, ends, color="#999999", linewidth=1)
-    ax.scatter(y, prediction, s=14, color="#4878a8", alpha=0.8, linewidths=0)
-    if task.transform in ("log", "log10"):
-        ax.set(xscale="log", yscale="log")
-    unit = f" ({task.unit})" if task.unit else ""
-    title = f"{task.name}\n{score['rows']} test crystals, MAE {number(score['mae'])} {task.unit}"
-    ax.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", aspect="equal")
-    ax.set_title(title, fontsize=9)
-    return png(fig)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,24 @@
     python hub.py list                   one line a module
     python hub.py show mp_eform          its card
     python hub.py verify                 every hash, every card; exit 1 names what is wrong
+    python hub.py readme                 the table of the hub for people, as in hub/README.md
 
     hub/backbone/                        theta_0, which every module starts from
     hub/mp_eform/module.safetensors      parameters of backbone (full) or adapters (adapter)
                  head.safetensors        the source task's own head, never composed
                  module.json             the card: what it is, how it was made, all SHA-256
                  history.csv  README.md  the training curve; the card for people
-                 composition.json        composed modules only
+                 seen.npy                which structures it was trained on, as hashes (`seen`)
+                 composition.json        composed modules only; folds/0, 1, ...: one for each fold
 
 A fine-tuned run is such a folder outside a hub, with its results and with model.safetensors
-(backbone, adapters, head). Nothing here unpickles: tensors are safetensors, the rest is JSON, CSV
-and PNG. Weights can carry traces of their data.
+(backbone, adapters, head). Nothing here unpickles: tensors are safetensors, the rest is JSON, CSV,
+PNG and plain arrays. Weights can carry traces of their data.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,13 +32,14 @@ from pathlib import Path
 from files import VERSION, MissingError, UserError, leftover, read_json, reading, recover, sync, whole_folder
 from files import check_name as check_folder_name
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from card import (ADAPTERS, AGAIN, BACKBONE, CARD, FORMAT_VERSION, HEAD, MAIN, MODEL, card_sha256, cell,
-                  check_private, parse_card, readme, to_json)  # fmt: skip
+                  check_private, hub_readme, parse_card, ratio, readme, to_json)  # fmt: skip
 from model import build_backbone, mlp, new_adapters
 
 DTYPES = {
@@ -43,6 +47,8 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+SEEN = "seen.npy"
+FOLDS = "folds"  # the folder, in that of a composed module, of one for each fold
 
 
 # ---------------------------------------------------------------- names and files
@@ -87,12 +93,13 @@ def sha256(file) -> str:
 
 
 def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_init: dict | None = None,
-         history: str = "", extra: dict | None = None, overwrite: bool = False, main: str = MAIN) -> dict:
+         history: str = "", extra: dict | None = None, overwrite: bool = False, main: str = MAIN, folds=()) -> dict:
     """Write one module (or theta_0): the whole folder appears, or nothing does. Returns the completed card.
 
     path: hub/NAME. tensors, head, adapters_init: {name: tensor}, any device. history: text of history.csv.
     extra: {"composition.json": json-able, "weights.png": bytes}; bytes are written as they are, not checked.
     overwrite: replace a module of that name as a whole. main: MODEL for a fine-tuned run, outside a hub.
+    folds: (tensors, card, extra) of the module of every fold, made one after the other; they go into path/folds/K.
     Filled in here: name, versions, hashes, signature, number of parameters, null for what `card` leaves out.
     Raises UserError for what is given wrongly, OSError where the disk is full; then nothing has changed.
     """
@@ -100,7 +107,7 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
     check_card(card, path, main)
     replace = check_place(path, overwrite)
     for file, content in (extra or {}).items():
-        named = re.fullmatch(r"[a-z][a-z0-9_-]*\.(json|csv|png)", file)
+        named = re.fullmatch(r"[a-z][a-z0-9_-]*\.(json|csv|png|npy|npz)", file)
         if not named or file in ("module.json", "history.csv"):
             raise UserError(f"{path / file}: extra files are named like composition.json")
         if not isinstance(content, bytes):
@@ -115,9 +122,13 @@ def save(path, tensors: dict, card: dict, head: dict | None = None, adapters_ini
         with whole_folder(path, replace) as part:
             sums = {file: write_tensors(part / file, group, path / file) for file, group in groups.items()}
             sums |= {file: write_bytes(part / file, content) for file, content in contents.items()}
+            for k, (g, about, files) in enumerate(folds):
+                save(part / FOLDS / str(k), g, about, extra=files)
             card = complete(card, path, sums, tensors)
             write_bytes(part / "module.json", to_json(card, path).encode())
             write_bytes(part / "README.md", readme(card).encode())
+    except UserError:
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return card
@@ -146,18 +157,29 @@ def check_place(path, overwrite: bool = False) -> bool:
     inside = sorted(path.iterdir()) if path.exists() else []
     if inside and not overwrite:
         raise UserError(f"{path}: exists already; delete it, name another, or give --overwrite")
-    ours = written_by_save(path)
-    if foreign := [p.name for p in inside if p.is_dir() or p.name not in ours]:
-        raise UserError(f"{path}: holds {foreign[0]}, which no card lists: not replaced; name another")
+    if inside and (found := foreign(path)):
+        raise UserError(f"{path}: holds {found.relative_to(path)}, which no card lists: not replaced; name another")
     return path.exists()
+
+
+def foreign(path: Path):
+    """The first file or folder in a module's folder, or in those of its folds, that no card lists; None if all are."""
+    ours = written_by_save(path)
+    for p in sorted(path.iterdir()):
+        if p.name not in ours or p.is_dir() != (p.name == FOLDS):
+            return p
+        for fold in sorted(p.iterdir()) if p.name == FOLDS else ():
+            if found := foreign(fold) if fold.is_dir() else fold:
+                return found
+    return None
 
 
 def written_by_save(path: Path) -> set:
     """Names of a module's files, by its card, damaged or not; none where there is no card."""
     try:
         card = read_json(path / "module.json", "a card", most=2**24)
-        return {"module.json", "README.md", MAIN, *card["files_sha256"]}
-    except (UserError, KeyError, TypeError):
+        return {"module.json", "README.md", MAIN, *card["files_sha256"], *[FOLDS] * bool(card.get("folds"))}
+    except (UserError, KeyError, TypeError, AttributeError):
         return set()
 
 
@@ -271,6 +293,57 @@ def signature(tensors: dict) -> str:
     rows = [(k, DTYPES[t.dtype], list(t.shape)) if torch.is_tensor(t) else (k, t["dtype"], list(t["shape"]))
             for k, t in sorted(tensors.items())]  # fmt: skip
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- what a module has seen
+
+
+def seen_file(prototypes) -> dict:
+    """{"seen.npy": bytes}, for `extra` of save: which structures were trained on. prototypes: of crystals.prototypes.
+
+    Five bytes of a hash each, sorted: a table of 10,000 is 50 kB, in which a new structure is found by chance once in
+    a hundred million times.
+    """
+    return hashes_file(digests(prototypes))
+
+
+def hashes_file(hashes) -> dict:
+    out = io.BytesIO()
+    np.save(out, np.unique(hashes))
+    return {SEEN: out.getvalue()}
+
+
+def digests(prototypes):
+    return np.array([hashlib.blake2b(p.encode(), digest_size=5).digest() for p in prototypes], dtype="S5")
+
+
+def read_seen(path):
+    """The hashes in the folder of one module; None where it was saved without."""
+    if SEEN not in read_card(path)["files_sha256"]:
+        return None
+    file = checked_file(path, SEEN)
+    with reading(file, "a list of hashes", AGAIN):
+        found = np.load(file, allow_pickle=False)
+        if found.dtype != "S5" or found.ndim != 1:
+            raise ValueError(f"array of {found.dtype}, {found.ndim} dimensions")
+    return found
+
+
+def seen(paths, prototypes):
+    """(M,) bool: which crystals the weights in these folders were trained on, under whatever label; None: not known.
+
+    paths: folders that a start rests on: [a module, hub/backbone], [hub/backbone], or [a composed module], whose
+    seen.npy has what its parents and theta_0 have seen. prototypes: (M,) words, of crystals.prototypes.
+    Not known where one of the folders has no seen.npy (modules of private data, or of an older release).
+    """
+    found = [read_seen(path) for path in paths]
+    return None if any(f is None for f in found) else np.isin(digests(prototypes), np.concatenate(found))
+
+
+def joined_seen(paths) -> dict:
+    """{"seen.npy": bytes} of what several folders have seen; {} where one of them does not say."""
+    found = [read_seen(path) for path in paths]
+    return {} if any(f is None for f in found) else hashes_file(np.concatenate(found))
 
 
 # ---------------------------------------------------------------- modules as networks
@@ -416,6 +489,7 @@ def verify(hub, names=()) -> list[str]:
         for file in listed:
             check(open_tensors if file.endswith(".safetensors") else checked_file, path, file)
         check(check_header, path, card)
+        check(read_seen, path)
         check(check_private, card, str(path / "module.json"))
         check(module_file, path, "README.md")
         if card_sha256(card) != card["card_sha256"]:
@@ -424,11 +498,22 @@ def verify(hub, names=()) -> list[str]:
             check(check_theta, path, card, theta)
         if card["name"] != name:
             problems.append(f"{path}: the card's name is {card['name']!r}; rename the folder, or retrain it")
-        strange = [p for p in sorted(path.iterdir()) if p.name not in {"module.json", "README.md", *listed}]
+        problems += verify_folds(path, card)
+        known = {"module.json", "README.md", *listed, *[FOLDS] * bool(card["folds"])}
+        strange = [p for p in sorted(path.iterdir()) if p.name not in known]
         problems += [f"{p}: not listed in the card; delete it" for p in strange]
     left = filter(leftover, sorted(Path(hub).glob(".*")))
     problems += [f"{p}: left by a save that was killed; the next save of that name deletes it" for p in left]
     return list(dict.fromkeys(problems))
+
+
+def verify_folds(path: Path, card: dict) -> list[str]:
+    """Every problem of the modules in path/folds, as many as the card says."""
+    names, inside = list(map(str, range(card["folds"] or 0))), path / FOLDS
+    if not names:
+        return []
+    strange = [p for p in sorted(inside.glob("*")) if p.name not in names]
+    return verify(inside, names) + [f"{p}: not listed in the card; delete it" for p in strange]
 
 
 # ---------------------------------------------------------------- the command line
@@ -444,15 +529,24 @@ def show_list(args) -> int:
             print(one_line(error), file=sys.stderr)
             bad += 1
             continue
-        mae, mad = card["val_mae"], card["mad"]
-        ratio = f"{mae / mad:.2f}" if mae is not None and mad else None
-        size = f"{sum(p.lstat().st_size for p in path.iterdir()) / 1e6:.1f} MB"
-        task = [card[field] for field in ("property", "unit", "kind", "rows_used")]
-        rows.append([cell(c) for c in (name, *task, mae, ratio, size)])
+        task = [card[field] for field in ("property", "unit", "kind", "rows_used", "val_mae")]
+        rows.append([cell(c) for c in (name, *task, ratio(card), size(path))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))))
     return 1 if bad else 0
+
+
+def size(path: Path) -> str:
+    return f"{sum(p.lstat().st_size for p in path.iterdir()) / 1e6:.1f} MB"
+
+
+def show_readme(args) -> int:
+    """README.md of the hub: python hub.py readme > hub/README.md."""
+    cards, theta_0 = list_modules(args.hub), Path(args.hub) / BACKBONE
+    cards = ({BACKBONE: read_card(theta_0)} if theta_0.is_dir() else {}) | cards
+    print(hub_readme({name: (card, size(Path(args.hub) / name)) for name, card in cards.items()}))
+    return 0
 
 
 def show_card(args) -> int:
@@ -477,7 +571,7 @@ def show_problems(args) -> int:
     return 1 if problems else 0
 
 
-COMMANDS = {"list": show_list, "show": show_card, "verify": show_problems}  # -> exit code
+COMMANDS = {"list": show_list, "show": show_card, "verify": show_problems, "readme": show_readme}  # -> exit code
 
 
 def main(argv=None) -> int:

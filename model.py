@@ -799,32 +799,39 @@ class PropertyModel(nn.Module):
         self.backbone, self.pooling, self.adapters = backbone, pooling, adapters
         self.head = mlp(backbone.width)
 
-    def forward(self, batch):
+    def forward(self, batch, embed=False):
+        """embed: also (B, C), the representation of every crystal: the mean over atoms of what the head reads."""
         features = batch["features"] if "features" in batch else self.backbone.atom_features(batch)
-        y = self.head(self.backbone.readout(features, self.adapters)).squeeze(-1)  # (A,)
-        return pool(y, batch, self.pooling)
+        h = self.backbone.readout(features, self.adapters)  # (A, C)
+        y = pool(self.head(h).squeeze(-1), batch, self.pooling)
+        return (y, pool(h, batch, "mean")) if embed else y
 
 
 class PretrainModel(nn.Module):
     """JMP's pre-training model: an energy head and, where a set has forces, a force head for each data set.
 
-    model(batch, task) -> energy (B,), the sum over atoms, and forces (A, 3) or None; both normalised. Direct
-    forces: the force on atom t is the sum over main edges into t of scalar_e * V_e.
+    model(batch, task) -> energy (B,), the sum over atoms; forces (A, 3) or None; a teacher's features of the atoms
+    (A, C) or None, one linear layer; all normalised. Direct forces: the force on atom t is the sum over main edges into
+    t of scalar_e * V_e. tasks: {name: has forces}. taught: {name: C} of those with a teacher's features.
     """
 
-    def __init__(self, backbone, tasks):
+    def __init__(self, backbone, tasks, taught=()):
         super().__init__()
         self.backbone = backbone
         self.out_energy = nn.ModuleDict({name: mlp(backbone.width) for name in tasks})
         with_forces = [name for name, has_forces in tasks.items() if has_forces]
         self.out_forces = nn.ModuleDict({name: mlp(backbone.edge_width) for name in with_forces})
+        self.out_teacher = nn.ModuleDict({name: nn.Linear(backbone.width, C) for name, C in dict(taught).items()})
 
     def forward(self, batch, task):
-        if task not in self.out_forces:
-            return pool(self.out_energy[task](self.backbone(batch)), batch, "sum").squeeze(-1), None
-        x_E, x_F, V = self.backbone.edge_features(batch)
-        energy = pool(self.out_energy[task](x_E), batch, "sum").squeeze(-1)
-        return energy, sum_to(self.out_forces[task](x_F) * V, batch["main.dst"], len(x_E))
+        forces = None
+        if task in self.out_forces:
+            x, x_F, V = self.backbone.edge_features(batch)
+            forces = sum_to(self.out_forces[task](x_F) * V, batch["main.dst"], len(x))
+        else:
+            x = self.backbone(batch)
+        energy = pool(self.out_energy[task](x), batch, "sum").squeeze(-1)
+        return energy, forces, self.out_teacher[task](x) if task in self.out_teacher else None
 
 
 # ---------------------------------------------------------------- backbones by name; each file adds its own

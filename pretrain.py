@@ -1,11 +1,17 @@
-"""Stage 0: pre-train theta_0, the backbone that every module of a hub starts from (appendix B.2; JMP's recipe).
+"""Stage 0: pre-train theta_0, the backbone that every module of a hub starts from (appendix B.2).
 
+    python pretrain.py --teacher chgnet --taught mp_eform,mp_gvrh,jarvis_eform --preset small
     python pretrain.py --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24 --preset small
     python pretrain.py --sets demo_forcefield,demo_clusters --data demo --preset tiny --hub hub
 
-Several sets at once (crystals, molecules; energies with or without forces), one energy and one force head each. With E
-the total energy of a structure in eV and N its number of atoms,  E = sum_z n_z r_z + sigma * (sum of the head's atoms).
-r: linear per-element references, fitted per set. sigma: residual per atom, eV. M: rows of a set. B, A: of a batch.
+Two recipes, alone or together. --sets, JMP's: several sets at once (crystals, molecules; energies with or without
+forces), one energy and one force head each. --teacher, distillation: an open potential (teachers.py) labels the crystals
+of --taught with its energy and its features of every atom, which a linear layer on the atoms' representation learns.
+No label of those tables is used, and what occurs in --leave-out, the downstream tasks, is left out.
+
+With E the total energy of a structure in eV and N its number of atoms,  E = sum_z n_z r_z + sigma * (sum of the head's
+atoms). r: linear per-element references, fitted per set. sigma: residual per atom, eV. M: rows of a set. B, A: of a
+batch. C: the teacher's features of an atom.
 """
 
 import hashlib
@@ -17,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from files import UserError, write_skipped
+from files import MissingError, UserError, write_skipped
 from stage import (Above, CommonConfig, LearningRate, Range, Seed, Share, Whole, all_sum, barrier, claim,
                    first_process_first, hardware, main, pick_device, rank, say, start, work_folder)
 
@@ -25,19 +31,24 @@ import numpy as np
 import torch
 
 import hub
-from crystals import SYMBOLS, Crystals, count_reasons, load_crystals, subset
+from crystals import SYMBOLS, Crystals, count_reasons, load_crystals, prototypes, subset
 from data import GraphConfig, GraphDataset, batch_indices, collate, to_device
 from model import (BACKBONES, PretrainModel, build_backbone, fit_scale_factors, new_adapters, pool, preset,
                    shapes_only, training_defaults)
-from tasks import get_task, unit_of
-from train_module import EPOCH_SEED, finished, fit, loader, set_checkpointing, tensors_of
+from tasks import Task, get_task, task_names, unit_of
+from teachers import TEACHERS, distorted, teach
+from train_module import EPOCH_SEED, finished, fit, is_public, loader, set_checkpointing, tensors_of
 
 EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}
 
 
 @dataclass
 class Config(CommonConfig):
-    sets: str = "ff_mattersim_benchmarks,mp_2018_megnet,carbon_24,qm9"  # tasks or files with energies
+    sets: str = ""  # tasks or files with energies: a,b,c
+    teacher: Literal["", *TEACHERS] = ""  # the potential that labels the crystals of --taught
+    taught: str = "mp_eform,mp_bandgap,mp_gvrh,castelli_eform,jarvis_eform,n_Seebeck"  # tasks or files; no label is used
+    copies: Whole = 0  # strained and displaced copies of each of these crystals
+    leave_out: str = "downstream"  # what occurs in these tasks: a,b,c, or all downstream ones, or none
     data: str = ""  # "demo": the embedded crystals
     tasks: str = ""  # JSON file with more tasks
     limit: Whole = 0  # use this many random rows of each set; 0: all
@@ -57,12 +68,16 @@ class Config(CommonConfig):
     warmup_steps: Whole = 2000  # from 0.2 lr; at most a tenth of the run
     clip: Above = 1.0  # norm of the gradient
     ema: Share = 0.99  # decay of the averaged weights; shorter in the first 900 steps
-    edge_dropout: Annotated[float, Range(0, 0.9)] = 0.1
+    edge_dropout: Annotated[float, Range(0, 0.9)] = 0.1  # of --sets
     force_weight: str = "1"  # against the energy per atom; one number, or one a set
+    energy_weight: Above = 0.3  # of a teacher's energies, against its features
     temperature: Annotated[float, Range(1)] = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: Above = 30.0  # leave out structures with a larger force on an atom, eV/A
-    max_energy: Above = 15.0  # and with an energy residual per atom beyond so many times its spread
+    max_energy: Above = 15.0  # and with a residual energy beyond so many spreads
     time_limit: Annotated[float, Range(0)] = 0.0  # stop after so many minutes, and write theta_0 as it is; 0: none
+    author: str = ""  # of the weights, for the card
+    license: str = ""  # that you give the weights, for the card
+    store_hashes: Literal["auto", "yes", "no"] = "auto"  # of the training structures; auto: where all sets are public
     bf16: bool = False  # autocast: faster where layers are wide, about two digits
     checkpointing: bool = False  # less memory, more time, the same numbers
     resume: bool = False  # go on from last.pt where there is one
@@ -80,7 +95,7 @@ def run(cfg):
     cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"])
     sets = load_sets(cfg, arch)
     record = {"sets": {s.name: s.crystals.fingerprint for s in sets.values()}, "architecture": arch}
-    record |= {k: getattr(cfg, k) for k in SETTINGS}
+    record |= {k: getattr(cfg, k) for k in SETTINGS} | {"teacher": cfg.teacher and TEACHERS[cfg.teacher].name}
     cure = "give another --hub, or --overwrite, after which every module has to be trained again"
     unfinished = (folder / "last.pt").exists()  # by --time-limit, which leaves a theta_0 too
     if not unfinished and (card := finished(cfg, target, record, cure)):
@@ -114,7 +129,8 @@ def run(cfg):
         plain = build_backbone(card["architecture"])  # without the force branch, which has served
         tensors = {k: v for k, v in tensors_of(net.backbone).items() if k in plain.state_dict()}
         adapters = tensors_of(new_adapters(plain, cfg.seed))
-        hub.save(target, tensors, card, adapters_init=adapters, history=result["history"], overwrite=True)
+        hub.save(target, tensors, card, adapters_init=adapters, history=result["history"],
+                 extra=seen_file(cfg, sets), overwrite=True)  # fmt: skip
         print(f"{target}: {result['step']} steps, {describe(errors)}")
         if result["stopped"]:
             say(cfg, f"stopped by --time-limit after {result['epochs']} of {cfg.epochs} epochs; --resume goes on")
@@ -125,8 +141,8 @@ def run(cfg):
 
 
 SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_atoms", "lr", "weight_decay",
-            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "temperature", "max_force", "max_energy",
-            "bf16")  # fmt: skip
+            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "temperature", "max_force",
+            "max_energy", "bf16")  # fmt: skip
 
 
 def refuse_if_used(target, cfg):
@@ -145,9 +161,11 @@ def make_net(cfg, arch, sets):
     """The net to train: force heads for sets with forces, and a force branch where the backbone can have one."""
     torch.manual_seed(cfg.seed)
     backbone = build_backbone(with_force_branch(arch))
-    net = PretrainModel(backbone, {s.name: s.crystals.forces is not None for s in sets.values()})
+    taught = {s.name: s.crystals.teacher[0].shape[1] for s in sets.values() if s.crystals.teacher}
+    net = PretrainModel(backbone, {s.name: s.crystals.forces is not None for s in sets.values()}, taught)
     first = {s: batch_indices(s.dataset.num_atoms, s.train, 16, max_atoms=128)[0] for s in sets.values()}
-    sample = [{k: v for k, v in s.dataset[i].items() if k != "forces"} for s, rows in first.items() for i in rows]
+    own = ("forces", "teacher")  # not of every set
+    sample = [{k: v for k, v in s.dataset[i].items() if k not in own} for s, rows in first.items() for i in rows]
     fit_scale_factors(backbone, collate(sample))
     divide_shared_gradients(backbone)
     return net
@@ -168,9 +186,10 @@ def divide_shared_gradients(backbone):
 def new_card(cfg, arch, sets, record):
     """The card's fields that are known before training; hub.save adds hashes and signature."""
     fingerprints = " ".join(s.crystals.fingerprint for s in sets.values())
+    names = [s.crystals.task.dataset if s.crystals.teacher else s.name for s in sets.values()]
     return {
-        "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": "energies and forces",
-        "record": record, "dataset": ", ".join(sets),
+        "kind": hub.BACKBONE, "architecture": arch, "graph": arch["graph"], "property": property_of(sets),
+        "record": record, "dataset": ", ".join(names),
         "dataset_fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
         "rows_used": sum(len(s.crystals) for s in sets.values()),
         "rows_skipped": sum(len(s.skipped) for s in sets.values()),
@@ -178,9 +197,24 @@ def new_card(cfg, arch, sets, record):
         "seed": cfg.seed, "split_seed": cfg.split_seed,
         "split": {k: sum(len(getattr(s, k)) for s in sets.values()) for k in ("train", "val")},
         "training": {k: getattr(cfg, k) for k in SETTINGS}, "hardware": hardware(cfg), "license_code": "MIT",
+        "author": cfg.author or None, "license_weights": cfg.license or None,
         "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})) or None,
         "parents": [], "weights": [],
     }  # fmt: skip
+
+
+def seen_file(cfg, sets):
+    """{file: bytes}: hashes of the training structures, as of modules; {} where one set is not to be stored."""
+    if cfg.store_hashes == "no" or cfg.store_hashes == "auto" and not all(s.public for s in sets.values()):
+        return {}
+    found = [s.compounds or prototypes(subset(s.crystals, s.train), cfg.cache, cfg.quiet) for s in sets.values()]
+    return hub.seen_file([key for keys in found for key in keys])
+
+
+def property_of(sets):
+    """What theta_0 has learned, in words."""
+    taught = [f"energies and atom features of {TEACHERS[s.name].name}" for s in sets.values() if s.crystals.teacher]
+    return " and ".join([*taught, *["energies and forces"] * (len(sets) > len(taught))])
 
 
 def training_of(sets, errors, steps):
@@ -195,6 +229,7 @@ def training_of(sets, errors, steps):
             "force_weight": s.force_weight if s.force_scale else None,
             "val_mae_mev_per_atom": errors[f"{s.name} meV/atom"],
             "val_mae_mev_per_angstrom": errors[f"{s.name} meV/A"] if s.force_scale else None,
+            "val_mae_features": errors[f"{s.name} features"] if s.crystals.teacher else None,
         }  # fmt: skip
     return {"steps": steps, "sets": about}
 
@@ -215,13 +250,16 @@ def lr_factor(epoch, warmup, epochs):
 
 
 def loss_of(sets, net, batch):
-    """L1 of the energy per atom plus the force loss, both of normalised values."""
-    energy, forces = net(batch, batch["task"])
-    loss = ((energy.float() - batch["y"].float()) / batch["num_atoms"]).abs().mean()
-    if forces is None:
-        return loss
-    error = structure_wise(forces.float() - batch["forces"].float(), batch)
-    return loss + sets[batch["task"]].force_weight * error
+    """L1 of the energy per atom, plus the losses of forces and of a teacher's features; all of normalised values."""
+    energy, forces, features = net(batch, batch["task"])
+    s = sets[batch["task"]]
+    loss = s.energy_weight * ((energy.float() - batch["y"].float()) / batch["num_atoms"]).abs().mean()
+    if forces is not None:
+        loss = loss + s.force_weight * structure_wise(forces.float() - batch["forces"].float(), batch)
+    if features is not None:
+        error = (features.float() - batch["teacher"].float()).abs().mean(dim=1, keepdim=True)  # (A, 1)
+        loss = loss + pool(error, batch, "mean").mean()
+    return loss
 
 
 def structure_wise(error, batch):
@@ -231,23 +269,28 @@ def structure_wise(error, batch):
 
 @torch.no_grad()
 def validate(net, sets, cfg):
-    """{"SET meV/atom": MAE of the energy, "SET meV/A": MAE of the force components, NaN without forces}."""
+    """{"SET meV/atom": MAE of the energy, "SET meV/A": MAE of the force components, NaN without forces}; of a teacher's
+    features, "SET features", the MAE in standard deviations."""
     net.eval()
     device, errors = next(net.parameters()).device, {}
     for s in sets.values():
-        sums = np.zeros(4)  # energy errors, structures, force errors, components
+        sums = np.zeros(6)  # energy errors, structures, force errors, components, feature errors, features
         batches = batch_indices(s.dataset.num_atoms, s.val, cfg.batch_size, cfg.max_atoms)
         plan = [(rows, s.name, None) for rows in batches]
         for batch in loader(partial(read_batch, sets, 0.0), plan, cfg):
             if batch["share"]:
                 batch = to_device(batch, device)
-                energy, forces = net(batch, s.name)
+                energy, forces, features = net(batch, s.name)
                 off = ((energy - batch["y"]) / batch["num_atoms"]).abs()
                 sums[:2] += off.sum().item() * s.sigma, len(off)
                 if forces is not None:
                     off = (forces - batch["forces"]).abs()
-                    sums[2:] += off.sum().item() * s.force_scale, off.numel()
-        e, n, f, m = all_sum(sums.tolist())
+                    sums[2:4] += off.sum().item() * s.force_scale, off.numel()
+                if features is not None:
+                    off = (features - batch["teacher"]).abs()
+                    sums[4:] += off.sum().item(), off.numel()
+        e, n, f, m, x, k = all_sum(sums.tolist())
+        errors |= {f"{s.name} features": x / k} if k else {}
         errors |= {f"{s.name} meV/atom": 1e3 * e / n, f"{s.name} meV/A": 1e3 * f / m if m else math.nan}
     return errors
 
@@ -281,7 +324,8 @@ def plan_epoch(sets, cfg, epoch):
 def read_batch(sets, edge_dropout, rows, name, seed):
     """Crystals of one set as a batch; y (B,) and forces (A, 3) are normalised."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return {"task": name} | collate([sets[name].dataset[i] for i in rows], edge_dropout, generator)
+    dropout = 0.0 if sets[name].crystals.teacher else edge_dropout  # the teacher's features follow from all edges
+    return {"task": name} | collate([sets[name].dataset[i] for i in rows], dropout, generator)
 
 
 # ---------------------------------------------------------------- sets: energies, references, scales
@@ -290,7 +334,7 @@ def read_batch(sets, edge_dropout, rows, name, seed):
 @dataclass(eq=False)
 class EnergySet:
     name: str
-    crystals: Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale
+    crystals: Crystals  # y: (E - sum_z n_z r_z) / sigma; forces: / force_scale; teacher: mean 0, variance 1
     reference: np.ndarray  # (119,) r_z, eV
     sigma: float  # root mean square of the residual per atom, eV/atom
     force_scale: float  # root mean square of the components, eV/A; 0 without forces
@@ -298,12 +342,17 @@ class EnergySet:
     val: np.ndarray
     skipped: list  # [(id, reason)]
     force_weight: float = 1.0
+    energy_weight: float = 1.0
+    public: bool = False  # publicly known structures
+    compounds: list = None  # prototypes of the training rows, where they are known
     dataset: GraphDataset = None
 
 
 def load_sets(cfg, arch):
-    """The sets of --sets, normalised, with their graphs: {name: EnergySet}."""
-    names = [s.strip() for s in cfg.sets.split(",") if s.strip()]
+    """The sets of --sets and what --teacher labels, normalised, with their graphs: {name: EnergySet}."""
+    names = words(cfg.sets)
+    if not names and not cfg.teacher:
+        raise UserError("nothing to learn from: give --teacher chgnet, or --sets with energies, or both")
     weights, sets, quiet = cfg.force_weight.split(","), {}, cfg.quiet or rank() > 0
     weights *= len(names) if len(weights) == 1 else 1
     if len(weights) != len(names) or not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*", w) for w in weights):
@@ -318,9 +367,71 @@ def load_sets(cfg, arch):
                 crystals.forces = None  # a backbone without edge features learns from the energies alone
             s = normalise(task.name, crystals, cfg)
             s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
-            s.force_weight = float(weight)
+            s.force_weight, s.public = float(weight), is_public(task)
         sets[task.name] = s
+    if cfg.teacher:
+        for _ in first_process_first():
+            sets[cfg.teacher] = s = taught_set(cfg, quiet)
+            s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
     return sets
+
+
+def words(text):
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def taught_set(cfg, quiet):
+    """The crystals of --taught with --copies of each, labelled by the teacher; each compound once."""
+    seen, kept, compound, skipped, tasks = left_out(cfg), {}, {}, [], []
+    for text in words(cfg.taught):
+        task = find_task(text, cfg)
+        crystals = load_crystals(replace(task, forces_column=""), cfg.limit, cfg.on_error, False, quiet, cfg.cache)
+        tasks.append(task)
+        skipped += [(f"{task.name}: {i}", why) for i, why in crystals.skipped]
+        for i, key in enumerate(prototypes(crystals, cfg.cache, quiet)):
+            name = f"{task.name}: {crystals.ids[i]}"
+            if key in seen:
+                skipped.append((name, f"occurs before: in {seen[key]}"))
+            else:
+                seen[key] = task.name
+                kept[name], compound[name] = (crystals.Z[i], crystals.pos[i], crystals.cell[i]), key
+    copies = [(f"{name}, copy {k}", distorted(*s, k)) for k in range(1, cfg.copies + 1) for name, s in kept.items()]
+    group = np.tile(np.arange(len(kept)), 1 + cfg.copies)  # a crystal and its copies
+    ids, structures = zip(*kept.items(), *copies, strict=True)
+    Z, pos, cell = map(list, zip(*structures, strict=True))
+    licenses = {part for t in tasks for part in t.license.split("; ")} | {TEACHERS[cfg.teacher].license}
+    about = Task(cfg.teacher, f"{cfg.teacher} on {', '.join(t.name for t in tasks)}", "energy", unit="eV",
+                 pooling="sum", license="; ".join(sorted(licenses - {""})))  # fmt: skip
+    crystals = Crystals(about, list(ids), Z, pos, cell, np.array([np.any(c) for c in cell]), np.zeros(len(ids)),
+                        np.arange(len(ids)), skipped=skipped)  # fmt: skip
+    labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet)
+    good = np.array([not isinstance(x, str) for x in labels])
+    skipped += [(ids[i], labels[i]) for i in np.flatnonzero(~good)]
+    energy, features = zip(*(labels[i] for i in np.flatnonzero(good)), strict=True)
+    crystals = replace(subset(crystals, np.flatnonzero(good)), y=np.array(energy), teacher=list(features), fingerprint="")
+    say(cfg, f"  {cfg.teacher}: {len(kept)} compounds, {len(crystals)} crystals with copies; {len(skipped)} left out")
+    s = normalise(cfg.teacher, crystals, cfg, group[good])
+    s.energy_weight, s.public = cfg.energy_weight, all(map(is_public, tasks))
+    trained = [s.crystals.ids[i] for i in s.train]
+    s.compounds = [compound[name] for name in trained if name in compound]  # copies have other names
+    return s
+
+
+def left_out(cfg):
+    """{prototype: task} of the crystals of --leave-out; tasks whose data are not here are named."""
+    names, found, missing = words(cfg.leave_out), {}, []
+    if names == ["downstream"]:
+        names = task_names("downstream", cfg.tasks, cfg.data)
+    for name in () if names == ["none"] else names:
+        try:
+            crystals = load_crystals(get_task(name, cfg.tasks, cfg.data), quiet=True, cache_dir=cfg.cache)
+        except MissingError:
+            missing.append(name)
+            continue
+        found |= dict.fromkeys(prototypes(crystals, cfg.cache, True), name)
+    if missing:
+        say(cfg, f"  not left out, for their data are not here: {', '.join(missing)}")
+    return found
 
 
 def find_task(text, cfg):
@@ -337,17 +448,20 @@ def find_task(text, cfg):
     return get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
 
 
-def normalise(name, crystals, cfg):
+def normalise(name, crystals, cfg, group=None):
     """Leave out outliers and split; references and scales come from the training rows alone.
+
+    group (M,): rows of one number are in one part.
 
     sigma is the root mean square of the residual PER ATOM, and the loss divides by N. JMP divides totals by the standard
     deviation of totals, fine for molecules of one size. With cells of 1 to 100 atoms that (and a square root of N, too)
     would let the size of the cell decide how much a structure counts: a supercell more than its cell.
     """
     energy, N = total_energies(name, crystals), np.array([len(z) for z in crystals.Z])
-    order, skipped = np.random.RandomState(cfg.split_seed).permutation(len(N)), list(crystals.skipped)
-    is_val, keep = np.zeros(len(N), dtype=bool), np.ones(len(N), dtype=bool)
-    is_val[order[: max(1, round(cfg.val_fraction * len(N)))]] = True
+    group, skipped = np.arange(len(N)) if group is None else group, list(crystals.skipped)
+    numbers = 1 + max(group, default=-1)
+    order = np.random.RandomState(cfg.split_seed).permutation(numbers)
+    is_val, keep = np.isin(group, order[: max(1, round(cfg.val_fraction * numbers))]), np.ones(len(N), dtype=bool)
     if crystals.forces is not None:
         keep = np.array([np.linalg.norm(f, axis=1).max() for f in crystals.forces]) <= cfg.max_force
         why = f"force above {cfg.max_force:g} eV/A (--max-force)"
@@ -367,11 +481,17 @@ def normalise(name, crystals, cfg):
     if crystals.forces is not None:
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
         forces = [f / scale for f, k in zip(crystals.forces, keep, strict=True) if k]
+    teacher = None
+    if crystals.teacher is not None:
+        known = np.concatenate([crystals.teacher[i] for i in train]).astype(np.float32)
+        mean, std = known.mean(axis=0), known.std(axis=0) + 1e-6
+        teacher = [((x - mean) / std).astype(np.float16) for x, k in zip(crystals.teacher, keep, strict=True) if k]
     if len(skipped) > len(crystals.skipped):
         reasons = count_reasons([why for _, why in skipped[len(crystals.skipped) :]])
         say(cfg, f"  {name}: {keep.sum()} rows used; left out: {reasons}")
     train, val = np.flatnonzero(~is_val[keep]), np.flatnonzero(is_val[keep])
     normalised = replace(subset(crystals, np.flatnonzero(keep)), y=(N * residual)[keep] / sigma, forces=forces)
+    normalised.teacher = teacher
     return EnergySet(name, normalised, r, sigma, scale, train, val, skipped)
 
 

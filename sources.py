@@ -29,6 +29,7 @@ SYMBOLS = (
     "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 ).split()
 NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS) if z} | {"D": 1, "T": 1}  # heavy hydrogen is hydrogen
+SHIPPED = Path(__file__).resolve().parent / "datasets"  # tables that come with the code, and their published splits
 
 
 class Skip(Exception):
@@ -69,16 +70,16 @@ def find_source(task: Task) -> Path:
     where = " or ".join(map(str, homes))
     raise MissingError(
         f"no file or folder '{name}' here; as a data set it is not in {where} and cannot be downloaded ({why}); "
-        f"put {path.name} there, set MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo, make demo){other}"
+        f"put {path.name} there, set MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo){other}"
     )
 
 
 def data_homes() -> list:
     """Folders that hold data sets by matminer's names, the first that has one is taken."""
-    named, shipped = os.environ.get("MATMINER_DATA"), Path(__file__).resolve().parent / "datasets"
+    named = os.environ.get("MATMINER_DATA")
     spec = importlib.util.find_spec("matminer")  # without the seconds that importing it takes
     own = Path(spec.origin).parent / "datasets" if spec and spec.origin else Path(".")
-    return [*([Path(named).expanduser()] if named else []), *([shipped] if shipped.is_dir() else []), own]
+    return [*([Path(named).expanduser()] if named else []), *([SHIPPED] if SHIPPED.is_dir() else []), own]
 
 
 def fetch(name, path: Path) -> str:

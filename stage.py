@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 
 from crystals import load_crystals
-from data import GraphConfig, GraphDataset, few_shot, make_splits, report_duplicates, split_fingerprint
+from data import (GraphConfig, GraphDataset, few_shot, make_folds, make_splits, published_split, report_duplicates,
+                  split_fingerprint)  # fmt: skip
 from tasks import get_task
 
 # ---------------------------------------------------------------- settings
@@ -49,6 +50,8 @@ class Range:
         most = "" if self.most == math.inf else f", at most {self.most:g}"
         return (f"above {self.least:g}" if self.above else f"{self.least:g} or more") + most
 
+
+FOLDS, MANY = 5, 1000  # so many folds for fewer rows than this: where one split leaves few rows for testing
 
 Whole = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
@@ -88,7 +91,7 @@ class TaskConfig(CommonConfig):
     pooling: Literal["", "mean", "sum", "max"] = ""
     limit: Whole = 0  # use this many random rows; 0: all
     on_error: Literal["", "skip", "stop"] = ""  # at a row that cannot be used [skip]
-    split_seed: Seed = 0  # of 70/15/15
+    split_seed: Seed = 0  # of the published split, where the task has one, else of 70/15/15
     split_file: str = ""  # or JSON: {"train": [row, ...], "val": [], "test": []}
     few_shot: Whole = 0  # keep this many random training rows; 0: all
 
@@ -105,6 +108,12 @@ def run_name(cfg: TaskConfig) -> str:
 
 def prepare(cfg: TaskConfig, arch):
     """The task's crystals, data.GraphDataset of their graphs, {"train", "val", "test": positions}."""
+    crystals, dataset = read_task(cfg, arch)
+    return crystals, dataset, split_rows(cfg, crystals)
+
+
+def read_task(cfg: TaskConfig, arch):
+    """The task's crystals, data.GraphDataset of their graphs."""
     run_name(cfg)
     names = ("target_column", "structure_column", "id_column", "unit", "transform", "pooling")
     task = get_task(cfg.task, cfg.tasks, cfg.data, **{k: getattr(cfg, k) for k in names if getattr(cfg, k)})
@@ -112,11 +121,34 @@ def prepare(cfg: TaskConfig, arch):
     for _ in first_process_first():
         crystals = load_crystals(task, cfg.limit, cfg.on_error or "skip", quiet=quiet, cache_dir=cfg.cache)
         dataset = GraphDataset(crystals, GraphConfig(**arch["graph"]), cache_dir=cfg.cache, quiet=quiet)
-    splits = make_splits(crystals, cfg.split_seed, cfg.split_file)
+    return crystals, dataset
+
+
+def split_rows(cfg: TaskConfig, crystals):
+    """{"train", "val", "test": positions}: one split of the rows."""
+    held_out = {k: getattr(cfg, k) for k in ("held_out",) if hasattr(cfg, k)}  # of modules
+    splits = make_splits(crystals, cfg.split_seed, cfg.split_file, cfg.quiet or rank() > 0, **held_out)
     splits["train"] = few_shot(splits["train"], cfg.few_shot, cfg.split_seed)
-    if not quiet:
+    if not (cfg.quiet or rank() > 0):
         report_duplicates(crystals, splits)
-    return crystals, dataset, splits
+    return splits
+
+
+def fold_rows(cfg: TaskConfig, crystals) -> list:
+    """[{"train", "val", "test": positions}] for each fold, or [] where `split_rows` gives the one split.
+
+    cfg.folds: how many, 0 or 1 for one split; None: FOLDS below MANY rows that nothing divides, else one split.
+    """
+    divided = bool(cfg.split_file or crystals.split and any(word.strip() for word in crystals.split)
+                   or published_split(crystals, cfg.split_seed)[0])  # fmt: skip
+    if cfg.folds and cfg.folds > 1 and cfg.split_file:
+        why = f"--split-file {cfg.split_file} says which rows are for testing"
+        raise UserError(f"--folds {cfg.folds}: {why}; leave one of the two out")
+    K = (0 if divided or len(crystals) >= MANY else FOLDS) if cfg.folds is None else cfg.folds
+    found = make_folds(crystals, K, cfg.split_seed) if K > 1 else []
+    for splits in found:
+        splits["train"] = few_shot(splits["train"], cfg.few_shot, cfg.split_seed)
+    return found
 
 
 # ---------------------------------------------------------------- what a result rests on

@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from files import UserError, csv_text, new_array, recover, write_atomic, write_skipped, write_text
-from stage import (Above, LearningRate, Positive, Share, TaskConfig, Whole, all_sum, autocast, barrier, claim,
+from stage import (Above, LearningRate, Positive, Range, Share, TaskConfig, Whole, all_sum, autocast, barrier, claim,
                    compare, hardware, last_state, main, number, pick_device, prepare, rank, reduce_gradients,
                    rests_on, say, silent, stage_of, start, work_folder, world)
 
@@ -32,9 +32,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import hub
+from card import all_licences
+from crystals import prototypes
 from data import batch_indices, collate, to_device
 from model import PropertyModel, training_defaults
-from tasks import unit_of
+from tasks import TASKS, unit_of
 
 WARMUP, COSINE = 5, 32  # epochs: the rate rises from 0.1 during the first, falls to 0.1 until the second (B.2)
 SAVE_SECONDS = 120  # between two writings of last.pt, which take at most a twentieth of the time
@@ -53,6 +55,8 @@ class TrainConfig(TaskConfig):
     patience: Whole = 0  # stop after so many epochs without a better val MAE; 0: never
     bf16: bool = False  # autocast: faster where layers are wide, about two digits
     checkpointing: bool = False  # less memory, more time, the same numbers
+    author: str = ""  # of the weights, for the card
+    license: str = ""  # that you give the weights, for the card
     resume: bool = False  # go on from last.pt where there is one
     overwrite: bool = False  # replace what stands there, once the new result is whole
 
@@ -61,6 +65,8 @@ class TrainConfig(TaskConfig):
 class Config(TrainConfig):
     name: str = ""  # of the module: HUB/NAME [the task]
     kind: Literal["full", "adapter"] = "full"
+    held_out: Annotated[float, Range(0, 0.9, above=True)] = 0.3  # share of the rows for validation and test, half each
+    store_hashes: Literal["auto", "yes", "no"] = "auto"  # of the training structures; auto: of public data sets only
 
 
 SETTINGS = ("seed", "epochs", "batch_size", "max_atoms", "lr", "weight_decay", "ema", "clip", "patience", "bf16")
@@ -90,7 +96,7 @@ def run(cfg):
         card |= results(result, errors)
         module = theta_0.adapters or theta_0.backbone
         hub.save(target, tensors_of(module), card, tensors_of(model.head), history=result["history"],
-                 overwrite=cfg.overwrite)  # fmt: skip
+                 extra=seen_file(cfg, crystals, splits["train"]), overwrite=cfg.overwrite)  # fmt: skip
         write_skipped(folder / "skipped.csv", crystals.skipped)
         (folder / "last.pt").unlink(missing_ok=True)  # the module stands: nothing to resume
     barrier()
@@ -120,6 +126,8 @@ def finished(cfg, target, record, cure):
     compare(card["record"], record, target, cure)
     for file in (hub.main_file(card), *card["files_sha256"]):
         hub.checked_file(target, file)
+    if problems := hub.verify_folds(target, card):
+        raise UserError(problems[0])
     say(cfg, f"{target} is finished; nothing to do (--overwrite makes it again)")
     return card
 
@@ -151,10 +159,29 @@ def new_card(cfg, origin, crystals, splits, record):
         **label_card(crystals), "rows_used": len(crystals.y),
         "elements": sorted(seen),
         "seed": cfg.seed, "split_seed": cfg.split_seed, "split": {k: len(v) for k, v in splits.items()},
-        "training": {k: getattr(cfg, k) for k in SETTINGS}, "license_code": "MIT",
-        "license_weights": origin.get("license_weights"), "license_data": crystals.task.license or None,
+        "training": {k: getattr(cfg, k) for k in SETTINGS}, "license_code": "MIT", "author": cfg.author or None,
+        **licences(origin, {"license_weights": cfg.license, "license_data": crystals.task.license}),
         "hardware": hardware(cfg),
     }  # fmt: skip
+
+
+def licences(origin, own):
+    """Those of what training starts from hold for the result too, "unknown" where one is not given."""
+    cards = [own, origin] if "tensors_sha256" in origin else [own]  # a fresh backbone has none
+    return {k: all_licences(cards, k) for k in own}
+
+
+def seen_file(cfg, crystals, rows):
+    """{file: bytes}: hashes of the training structures, which tell others what this module has seen. {}: not stored."""
+    if cfg.store_hashes == "no" or cfg.store_hashes == "auto" and not is_public(crystals.task):
+        return {}
+    names = prototypes(crystals, cfg.cache, cfg.quiet)
+    return hub.seen_file([names[i] for i in rows])
+
+
+def is_public(task) -> bool:
+    """Whether the structures are publicly known: those of the task table are."""
+    return task.dataset.startswith("demo:") or task.dataset in {known.dataset for known in TASKS.values()}
 
 
 def label_card(crystals):
@@ -506,21 +533,25 @@ def scratch_array(folder, shape, in_memory=2**29):
 
 
 @torch.no_grad()
-def predict_batches(model, batches, mean, std, cfg):
-    """Positions in the dataset, ascending, labels (NaN where there are none), predictions, each (M,); in y's unit."""
+def predict_batches(model, batches, mean, std, cfg, embed=False):
+    """Positions in the dataset, ascending, labels (NaN where there are none), predictions, each (M,); in y's unit.
+
+    embed: and the crystals' representations, (M, C) float32.
+    """
     model.eval()
     device = next(model.parameters()).device
-    found = [(np.empty(0, np.int64), np.empty(0), np.empty(0))]
+    found = [(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty((0, model.backbone.width), np.float32))]
     for batch in batches:
         if batch["share"]:
             batch = to_device(batch, device)
             with autocast(cfg, device):
-                out = model(batch).double().cpu().numpy() * std + mean
+                out, X = model(batch, embed=True)
+            out, X = out.double().cpu().numpy() * std + mean, X.float().cpu().numpy()
             y = batch["y"].double().cpu().numpy() if "y" in batch else np.full(len(out), np.nan)
-            found.append((batch["index"].cpu().numpy(), y, out))
-    index, y, prediction = (np.concatenate(x) for x in zip(*found, strict=True))
+            found.append((batch["index"].cpu().numpy(), y, out, X))
+    index, *values = (np.concatenate(x) for x in zip(*found, strict=True))
     order = np.argsort(index)
-    return index[order], y[order], prediction[order]
+    return index[order], *(x[order] for x in values[: 3 if embed else 2])
 
 
 if __name__ == "__main__":

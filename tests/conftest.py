@@ -134,6 +134,6 @@ def home(tmp_path_factory):
     modules = train_module.Config(**shared)
     for kind in ("full", "adapter"):
         train_module.run(replace(modules, kind=kind, name=kind))
-    runs = finetune.Config(**shared, init="full", output=str(root / "tuned"))
+    runs = finetune.Config(**shared, init="full", folds=0, compare=False, output=str(root / "tuned"))
     finetune.run(runs)
     return SimpleNamespace(root=root, hub=root / "hub", modules=modules, runs=runs, arch=arch)

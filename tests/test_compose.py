@@ -11,6 +11,7 @@ import torch
 import compose
 import finetune
 import hub
+import report
 import stage
 from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
 from crystals import load_crystals
@@ -174,10 +175,10 @@ def test_select_is_the_papers_ablation():
 
 
 def test_a_large_merge_gap_is_said_aloud():
-    assert compose.merge_verdict(merged=0.60, mixture=0.54, theta_0=0.67)[1] is False  # 0.06 of 0.13 is lost
-    said, large = compose.merge_verdict(merged=0.74, mixture=0.68, theta_0=0.76)  # 0.06 of 0.08
+    assert report.merge_verdict(merged=0.60, mixture=0.54, theta_0=0.67)[1] is False  # 0.06 of 0.13 is lost
+    said, large = report.merge_verdict(merged=0.74, mixture=0.68, theta_0=0.76)  # 0.06 of 0.08
     assert large and said[0].startswith("merge gap +0.060") and said[1].startswith("LARGE")
-    assert compose.merge_verdict(merged=0.81, mixture=0.80, theta_0=0.80)[1] is False  # nothing to lose
+    assert report.merge_verdict(merged=0.81, mixture=0.80, theta_0=0.80)[1] is False  # nothing to lose
 
 
 # --------------------------------------------------------------------------------------------------- step 3, the merge
@@ -301,7 +302,7 @@ def made(request, tmp_path_factory):
 
 def config(made, output, **changes):
     _, where, cache = made
-    settings = {"task": TASK, "data": "demo", "limit": N_ROWS, "bootstrap": 10, "quiet": True, "device": "cpu"}
+    settings = {"task": TASK, "data": "demo", "limit": N_ROWS, "bootstrap": 10, "quiet": True, "device": "cpu", "folds": 0}
     return Config(hub=str(where), cache=str(cache), output=str(output), **(settings | changes))
 
 
@@ -544,3 +545,163 @@ def test_the_licence_of_theta_0_holds_for_what_is_composed(made, tmp_path, monke
     monkeypatch.setattr(hub, "read_card", theta)
     compose.run(config(made, tmp_path / "composed", modules="c"))
     assert read(tmp_path / "composed")["license_weights"] == "CC BY-NC 4.0; MIT"
+
+
+# ------------------------------------------------------------------------------------------- which start, which labels
+
+
+def test_the_composed_module_is_recommended_unless_another_is_better_by_more_than_noise():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(1, 2, 400)
+    noise = rng.normal(0, 0.5, 400)
+    noise -= noise.mean()
+    se = noise.std(ddof=1) / 20
+    for gain, wanted in [(-0.1, "composed"), (1.9 * se, "composed"), (2.1 * se, "theta_0")]:
+        found, compared = report.recommend({"composed": base, "theta_0": base - gain + noise})
+        assert found == wanted
+        assert compared["theta_0"] == pytest.approx({"difference": gain, "standard_error": se})
+    both = {"composed": base, "one": base - 0.3, "theta_0": base - 0.5}
+    assert report.recommend(both)[0] == "theta_0"
+    assert report.recommend({"composed": base, "one": base})[0] == "composed"  # one module took all the weight
+
+
+def test_the_recommended_start_is_said_with_its_numbers():
+    compared = {"a": {"difference": -0.1, "standard_error": 0.1}, "theta_0": {"difference": 0.2, "standard_error": 0.05}}
+    errors = {"composed": 0.5, "a": 0.6, "theta_0": 0.3}
+    assert "composed module (error 0.500, against 0.600 of a and 0.300" in report.start_verdict("composed", compared, errors)
+    said = report.start_verdict("theta_0", compared, errors)
+    assert "recommended start: theta_0" in said and "0.300" in said and "0.200, standard error 0.050" in said
+
+
+def test_a_large_merge_gap_names_the_alternative():
+    said, _ = report.merge_verdict(0.74, 0.68, 0.76, "--init backbone, error 0.760")
+    assert said[1].endswith("the alternative here: --init backbone, error 0.760")
+
+
+@pytest.mark.parametrize("y, wanted", [
+    (np.exp(np.linspace(-4, 4, 200)), True), (np.linspace(1, 50, 200), False), (np.exp(np.linspace(0, 3, 200)), False),
+    (np.exp(np.linspace(-4, 4, 200)) - 0.1, False), (np.concatenate([np.ones(199), [1e6]]), False),
+    (1000 - np.exp(np.linspace(-4, 6.9, 200)), False),
+])  # fmt: skip
+def test_labels_that_ask_for_a_logarithm_are_positive_and_skewed_by_orders_of_magnitude(y, wanted):
+    assert report.skewed(y) == wanted
+
+
+def test_a_logarithm_is_suggested_for_ones_own_labels_only(made, tmp_path):
+    y, own = np.exp(np.linspace(-4, 4, 200)), get_task("", data="mine.csv", unit="GPa")
+    (note,) = report.transform_note(config(made, tmp_path), own, y)
+    assert "0.01984 to 50.4 GPa" in note and "--transform log" in note
+    for task, flag in [(get_task("mp_eform"), ""), (own, "none"), (replace(own, transform="log"), "")]:
+        assert report.transform_note(config(made, tmp_path, transform=flag), task, y) == []
+
+
+# ---------------------------------------------------------------------------------------------------- cross-validation
+
+
+def test_one_module_for_each_fold_is_composed_on_its_training_rows_alone(made, tmp_path, monkeypatch, capsys):
+    import data
+
+    cfg = config(made, tmp_path / "composed", folds=3, quiet=False)
+    result = compose.run(cfg)
+    out = capsys.readouterr().out
+    assert result["rows_used"] == N_ROWS and result["split"] == {"seed": 0, "file": "", "train": N_ROWS, "folds": 3}
+    assert "composed/folds: 3 folds; recommended starts: " in out and f"recommended start: {result['recommended']}" in out
+    assert hub.read_card(tmp_path / "composed")["folds"] == 3 and hub.verify(tmp_path, ["composed"]) == []
+    assert stage.written_by(tmp_path / ".runs/composed") == "compose"
+    assert json.loads((tmp_path / ".runs/composed/config.json").read_text())["folds"] == 3
+    crystals = load_crystals(get_task(TASK, data="demo"), N_ROWS, quiet=True)
+    folds = data.make_folds(crystals, 3, 0)
+    composed = [tmp_path / "composed/folds" / str(k) for k in range(3)]
+    for path, splits in zip(composed, folds, strict=True):
+        card, r = hub.read_card(path), json.loads((path / "composition.json").read_text())
+        assert card["record"]["content"] == data.split_fingerprint(crystals, splits)
+        assert r["rows_used"] == len(splits["train"]) and r["recommended"] in ("composed", "theta_0", *result["modules"])
+        expected = merge({n: made[1] / n for n in r["modules"]}, [x["weight"] for x in r["modules"].values()])
+        found = hub.load_tensors(path)
+        assert all(torch.equal(found[k], x) for k, x in expected.items())
+    capsys.readouterr()
+    assert compose.run(cfg) == result and "3 folds" in capsys.readouterr().out
+
+    load = load_crystals
+
+    def other_labels(*args, **kwargs):
+        crystals = load(*args, **kwargs)
+        crystals.y[np.concatenate([folds[1]["val"], folds[1]["test"]])] += 7.0
+        return crystals
+
+    monkeypatch.setattr(stage, "load_crystals", other_labels)
+    compose.run(replace(cfg, output=str(tmp_path / "again"), quiet=True))
+    for k, same in [(0, False), (1, True), (2, False)]:
+        old, new = (json.loads((tmp_path / x / f"folds/{k}/composition.json").read_text()) for x in ("composed", "again"))
+        assert (old["errors"] == new["errors"]) is same and (old["label_std"] == new["label_std"]) is same
+
+
+def test_every_module_runs_once_over_the_rows_whatever_the_folds(made, tmp_path):
+    cfg = config(made, tmp_path / "composed", folds=3, bootstrap=0)
+    cfg.cache = str(tmp_path / "cache")
+    result = compose.run(cfg)
+    merged = {json.dumps([x["weight"] for x in r["modules"].values()]) for r in [result, *(
+        json.loads((tmp_path / f"composed/folds/{k}/composition.json").read_text()) for k in range(3))] if sum(
+        x["weight"] > 0 for x in r["modules"].values()) > 1}  # fmt: skip
+    kept = [p for p in (tmp_path / "cache/embeddings").iterdir() if not p.name.startswith(".")]
+    assert len(kept) == 4 + 1 + len(merged) + (made[0] == "adapter")  # modules, theta_0, merged ones; atom features
+
+
+def test_few_rows_that_nothing_divides_are_folded_and_others_are_not(made, tmp_path):
+    assert compose.run(config(made, tmp_path / "five", folds=None, bootstrap=0, modules="a"))["split"]["folds"] == 5
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": list(range(20)), "val": [20, 21], "test": [22, 23]}))
+    result = compose.run(config(made, tmp_path / "one", folds=None, split_file=str(split), limit=0, modules="a"))
+    assert "folds" not in result["split"] and not (tmp_path / "one/folds").exists()
+    assert json.loads((tmp_path / ".runs/one/config.json").read_text())["folds"] == 0
+
+
+def test_other_folds_are_refused_and_replaced_as_a_whole(made, tmp_path):
+    cfg = config(made, tmp_path / "composed", folds=3, bootstrap=0, modules="a")
+    compose.run(cfg)
+    for changes, words in [(dict(folds=4), "--folds 3, now 4"), (dict(folds=0), "rows of train 40, now 28"),
+                           (dict(split_seed=1), "--split-seed 0, now 1")]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            compose.run(replace(cfg, **changes))
+    compose.run(replace(cfg, folds=2, overwrite=True))
+    assert sorted(p.name for p in (tmp_path / "composed/folds").iterdir()) == ["0", "1"]
+    shutil.rmtree(tmp_path / "composed/folds/1")
+    with pytest.raises(UserError, match="folds/1: no such module"):
+        compose.run(replace(cfg, folds=2))
+
+
+def test_what_people_put_beside_the_folds_is_never_deleted(made, tmp_path):
+    cfg = config(made, tmp_path / "composed", folds=2, bootstrap=0, modules="a", overwrite=True)
+    compose.run(cfg)
+    for place in ("folds/notes.txt", "folds/1/notes.txt"):
+        (tmp_path / "composed" / place).write_text("mine")
+        assert any(place in problem for problem in hub.verify(tmp_path, ["composed"]))
+        with pytest.raises(UserError, match=f"holds {place}, which no card lists"):
+            compose.run(cfg)
+        (tmp_path / "composed" / place).unlink()
+    compose.run(cfg)
+
+
+def test_a_fold_that_cannot_be_composed_leaves_nothing(made, tmp_path, monkeypatch):
+    real, calls = compose.compose_for, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise UserError("the second fold")
+        return real(*args)
+
+    monkeypatch.setattr(compose, "compose_for", fails)
+    with pytest.raises(UserError, match="the second fold"):
+        compose.run(config(made, tmp_path / "composed", folds=3, bootstrap=0))
+    assert not (tmp_path / "composed").exists() and not list(tmp_path.glob(".composed*"))
+
+
+def test_embeddings_are_saved_for_plots(made, tmp_path):
+    result = compose.run(config(made, tmp_path / "composed", save_embeddings=True, select="all", few_shot=9))
+    with np.load(tmp_path / "composed/embeddings.npz") as found:
+        assert sorted(found) == ["X_a", "X_b", "X_c", "X_composed", "X_d", "ids", "y"]
+        assert len(set(found["ids"])) == len(found["y"]) == len(found["X_composed"]) == 9
+        D = standardise([knn_estimate(found["X_composed"], found["y"])], found["y"])
+        assert result["errors"]["composed"] == pytest.approx(float((D**2).mean()), rel=1e-6)
+    assert hub.verify(tmp_path, ["composed"]) == []

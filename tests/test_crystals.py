@@ -773,6 +773,7 @@ def test_structures_and_labels_must_match():
 
 def test_a_data_set_that_is_nowhere_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("MATMINER_DATA", str(tmp_path))
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path / "none")
     monkeypatch.setattr(sources, "fetch", lambda name, path: "no network")
     with pytest.raises(FileNotFoundError) as error:
         load_crystals(get_task("mp_phonons"))
@@ -783,7 +784,6 @@ def test_a_data_set_that_is_nowhere_names_the_ways_out(tmp_path, monkeypatch):
         "no network",
         "MATMINER_DATA",
         "--data demo",
-        "make demo",
     ):
         assert part in text
     assert "\n" not in text
@@ -798,7 +798,7 @@ def test_data_sets_are_looked_for_in_what_is_named_then_in_the_repository_then_i
     tmp_path, monkeypatch
 ):
     homes = [tmp_path / name for name in ("named", "repository/datasets", "matminer/datasets")]
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "repository/sources.py"))
+    monkeypatch.setattr(sources, "SHIPPED", homes[1])
     spec = type("Spec", (), {"origin": str(tmp_path / "matminer/__init__.py")})
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(sources, "fetch", lambda name, path: f"would write {path}")

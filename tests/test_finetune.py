@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TASK
 from safetensors.torch import load_file
 
+import evaluate
 import finetune
 import hub
 import predict
@@ -108,11 +109,13 @@ def test_few_shot_leaves_validation_and_test_alone(home, tmp_path):
 )
 def test_what_trains_is_what_the_flag_says(home, init, train, free):
     """--train interactions frees the interaction blocks and nothing else but the head (Devi et al. 2024)."""
-    origin = finetune.start_from(replace(home.runs, init=init, train=train), home.hub / init)
+    cfg = replace(home.runs, init=init, train=train)
+    start = finetune.find_start(cfg, "any")
+    origin = finetune.load_start(cfg, start)
     model = PropertyModel(origin.backbone, "mean", origin.adapters)
     finetune.choose_trained(model, train)
     found = {k for k, p in model.named_parameters() if p.requires_grad}
-    assert found == {k for k, _ in model.named_parameters() if free(k)} and origin.kind == init
+    assert found == {k for k, _ in model.named_parameters() if free(k)} and start.kind == init
 
 
 def test_freezing_the_backbone_leaves_its_tensors_and_continues_the_head(home, tmp_path):
@@ -202,10 +205,10 @@ def test_errors_that_are_not_finite_are_null_and_the_plot_is_drawn(tmp_path):
     task, y = Task("t", unit="eV", transform="log"), np.array([0.0, 1.0, 2.0])
     wild = np.array([0.1, 1.1, 5000.0])  # its exponential is infinite
     with np.errstate(over="ignore"):
-        found = finetune.scores(np.exp(y), np.exp(wild), 1.0, "eV")
+        found = evaluate.scores(np.exp(y), np.exp(wild), 1.0, "eV")
         assert found["mae"] is None and found["mad"] > 0 and json.loads(json.dumps(found, allow_nan=False)) == found
-        metrics = {"test": finetune.scores(y, wild, 1.0, "log(eV)")}
-        assert finetune.draw_parity(task, (None, y, wild), metrics)[:4] == b"\x89PNG"
+        metrics = {"test": evaluate.scores(y, wild, 1.0, "log(eV)")}
+        assert evaluate.draw_parity(task, (None, y, wild), metrics)[:4] == b"\x89PNG"
 
 
 def test_own_data_rewritten_in_place_is_read_again(home, tmp_path):
@@ -259,9 +262,9 @@ def test_a_log_label_is_scored_in_both_units_and_predicted_in_the_physical_one(h
     write_structures(tmp_path / "new", crystals, splits["test"])
     got = predict.run(predict.Config(inputs=[str(tmp_path / "new")], model=(str(tmp_path / "run"),), output=str(tmp_path / "p")))
     found = table(tmp_path / "p")
-    assert got["exit_code"] == 0 and found.pop("id") == ["prediction (eV)"]
+    assert got["exit_code"] == 0 and found.pop("id") == ["prediction (eV)", "neighbour_distance", "unseen_elements"]
     expected = {r["id"]: float(r["prediction"]) for r in rows}
-    assert {k: float(v) for k, (v,) in found.items()} == pytest.approx(expected, rel=1e-4)
+    assert {k: float(v[0]) for k, v in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_prediction_reports_what_it_could_not_do_and_what_it_should_not_be_trusted_on(home, tmp_path, capsys):
@@ -276,8 +279,9 @@ def test_prediction_reports_what_it_could_not_do_and_what_it_should_not_be_trust
         out = tmp_path / name
         result = predict.run(predict.Config(inputs=inputs, model=(str(home.hub / name),), output=str(out)))
         assert (result["rows"], result["skipped"], result["exit_code"]) == (2, 1, 1)
-        assert "bad" in (out / "skipped.csv").read_text() and "puo" in table(out)
+        assert "bad" in (out / "skipped.csv").read_text() and table(out)["puo"][-1] == "Pu"
         err = capsys.readouterr().err
+        assert f"no intervals and no neighbour distances: {home.hub / name} holds no neighbours.npz" in err
         assert "warning: 1 of 2 crystals have elements the model never saw: Pu (1); do not trust puo" in err
 
 
@@ -290,8 +294,8 @@ def test_several_models_give_mean_and_spread(home, tmp_path):
         predict.run(predict.Config(inputs=[str(tmp_path / "new")], model=folders, output=str(tmp_path / "p")))
         found = table(tmp_path / "p")
         head = found.pop("id")
-        single.append(np.array([[float(x) for x in v] for v in found.values()]))
-    assert [h.split()[0] for h in head] == ["prediction", "spread"]
+        single.append(np.array([[float(x) for x in v[:-1]] for v in found.values()]))
+    assert [h.split()[0] for h in head] == ["prediction", "spread", "unseen_elements"]
     both = np.stack([single[0][:, 0], single[1][:, 0]])
     np.testing.assert_allclose(single[2], np.stack([both.mean(0), both.std(0)], 1), rtol=1e-6)
     tm.run(replace(home.modules, task="demo_gap", name="gap", epochs=1))

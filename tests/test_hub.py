@@ -868,3 +868,49 @@ def test_the_command_ends_with_the_exit_code(tmp_path):
     command = [sys.executable, hub.__file__, "verify", "--hub", tmp_path / "no"]
     out = subprocess.run(command, capture_output=True, text=True)
     assert (out.returncode, out.stdout, len(out.stderr.splitlines())) == (2, "", 1)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def test_the_readme_of_a_hub_is_its_table(tmp_path, run):
+    root = make(tmp_path)
+    hub.save(root / "mp_gvrh", tensors(), card(author="A. Author", license_data="CC BY 4.0 (Materials Project)",
+             backbone_sha256=hub.read_card(root / "backbone")["tensors_sha256"]), overwrite=True)
+    code, out, err = run("readme", "--hub", root)
+    assert (code, err) == (0, []) and out[0] == "# A hub of MoMa modules" and out[2].startswith("3 modules")
+    head, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out if line.startswith("|")]
+    assert [row[0].split("]")[0][1:] for row in rows] == ["backbone", "jarvis_eform", "mp_eform", "mp_gvrh"]
+    found = dict(zip(head, rows[-1], strict=True))
+    assert {k: found[k] for k in ("property", "rows", "unit", "val MAE", "MAE/MAD", "kind", "author")} == {
+        "property": "formation energy", "rows": "1000", "unit": "eV/atom", "val MAE": "0.125", "MAE/MAD": "0.25",
+        "kind": "full", "author": "A. Author"}
+    assert found["licence of the data"] == "CC BY 4.0 (Materials Project)"
+    assert any("python hub.py verify" in line for line in out)
+    (root / "README.md").write_text("\n".join(out))
+    assert hub.verify(root) == [] and list(hub.list_modules(root)) == ["jarvis_eform", "mp_eform", "mp_gvrh"]
+
+
+def test_the_readme_of_a_module_begins_with_what_a_person_asks_first(tmp_path):
+    about = card(author="A. Author", license_data="CC BY 4.0", split={"train": 700, "val": 150, "test": 150})
+    hub.save(tmp_path / "m", tensors(), about)
+    text = (tmp_path / "m" / "README.md").read_text()
+    for line in ["| property | formation energy |", "| rows | 1000 (train 700, val 150, test 150) |",
+                 "| validation MAE | 0.125 eV/atom |", "| MAE/MAD (1: no better than the mean) | 0.25 |",
+                 "| licence of the data | CC BY 4.0 |", "| author of the weights | A. Author |",
+                 "| licence of the weights | CC-BY-4.0 |", "| trained from | backbone |"]:
+        assert line in text.split("| field | value |")[0].splitlines(), line
+    hub.save(tmp_path / "bare", tensors(), card(val_mae=None, mad=None, parents=["m"], rows_used=None))
+    text = (tmp_path / "bare" / "README.md").read_text()
+    assert "validation MAE" not in text and "| merged from | m |" in text and "| author of the weights | unknown |" in text
+
+
+SHIPPED = Path(__file__).resolve().parents[1] / "hub"
+
+
+@pytest.mark.skipif(not (SHIPPED / "backbone").is_dir(), reason="no hub beside the code")
+def test_the_hub_beside_the_code_is_in_order():
+    assert hub.verify(SHIPPED) == []
+    cards = hub.list_modules(SHIPPED)
+    for kind in {card["kind"] for card in cards.values()}:
+        hub.check_compatible({name: card for name, card in cards.items() if card["kind"] == kind}, SHIPPED)

@@ -357,7 +357,7 @@ def test_direct_forces_rotate_with_the_molecule(crystals):
     M.fit_scale_factors(backbone, batch_of(structures, backbone.arch))
     model = M.PretrainModel(backbone, {"with": True, "without": False}).double()
     with torch.no_grad():
-        energy, forces = model(batch_of(structures, backbone.arch), "with")
+        energy, forces, _ = model(batch_of(structures, backbone.arch), "with")
         turned = model(batch_of([rotated(*s, 4) for s in structures], backbone.arch), "with")
         assert model(batch_of(structures, backbone.arch), "without")[1] is None
     assert energy.shape == (3,) and forces.shape == (9, 3) and float(forces[-1].abs().max()) == 0
@@ -384,7 +384,7 @@ def test_energies_and_gradient_forces_of_the_original_from_positions(parity_file
         structures = [(Z.numpy(), pos.numpy(), cell.numpy(), True) for Z, pos, cell in parts]
         batch = collate(build_graphs(structures, GraphConfig(graph_rule="published")))
     batch["pos"].requires_grad_()
-    energy, _ = model(batch, tasks[0])
+    energy, *_ = model(batch, tasks[0])
     (gradient,) = torch.autograd.grad(energy.sum(), batch["pos"])
     reference = parity_file["outputs"]["float64"]
     torch.testing.assert_close(energy.detach(), reference["energy"][:, 0], rtol=1e-9, atol=0)

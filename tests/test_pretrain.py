@@ -134,10 +134,20 @@ def test_energy_loss_is_per_atom():
     batch["task"] = "s"
     energy = torch.tensor([3.0, 1.5])  # off by 2 with two atoms, and by 0.5 with one
     forces = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
-    sets = {"s": SimpleNamespace(force_weight=10.0)}
-    assert pretrain.loss_of(sets, lambda batch, task: (energy, None), batch).item() == pytest.approx((2 / 2 + 0.5) / 2)
-    loss = pretrain.loss_of(sets, lambda batch, task: (energy, forces), batch)
+    sets = {"s": SimpleNamespace(force_weight=10.0, energy_weight=1.0)}
+    loss = pretrain.loss_of(sets, lambda batch, task: (energy, None, None), batch)
+    assert loss.item() == pytest.approx((2 / 2 + 0.5) / 2)
+    loss = pretrain.loss_of(sets, lambda batch, task: (energy, forces, None), batch)
     assert loss.item() == pytest.approx(0.75 + 10 * (1 + 1) / 2)
+
+
+def test_loss_of_a_teachers_features_is_structure_wise():
+    batch = {"batch": torch.tensor([0, 0, 1]), "num_atoms": torch.tensor([2, 1]), "y": torch.tensor([1.0, 1.0])}
+    batch |= {"task": "s", "teacher": torch.zeros(3, 2)}
+    features = torch.tensor([[1.0, 3.0], [0.0, 4.0], [-5.0, 5.0]])  # errors of the atoms: 2, 2, 5
+    sets = {"s": SimpleNamespace(energy_weight=0.5)}
+    loss = pretrain.loss_of(sets, lambda batch, task: (torch.tensor([3.0, 1.0]), None, features), batch)
+    assert loss.item() == pytest.approx(0.5 * (2 / 2 + 0) / 2 + (2 + 5) / 2)
 
 
 def test_the_rate_rises_from_a_fifth_and_falls_to_a_tenth():

@@ -1,6 +1,7 @@
 """What README.md shows runs: the forked backbone through all stages, the library example, the flags of its commands."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -25,13 +26,15 @@ pretrain.run(pretrain.Config(**shared, sets="demo_forcefield", preset="tiny", ba
 for kind in ("full", "adapter"):
     for task in ("demo_gap", "demo_dielectric"):
         train_module.run(train_module.Config(**shared, task=task, kind=kind, name=f"{task}-{kind}", epochs=1, batch_size=8))
-    compose.run(compose.Config(**shared, task="demo_optical_gap", kind=kind, bootstrap=0, output=f"composed_{kind}"))
-    out = f"runs/{kind}"
-    finetune.run(finetune.Config(task="demo_optical_gap", init=f"./composed_{kind}", epochs=1, quiet=True, output=out))
+    composed, out = f"composed_{kind}", f"runs/{kind}"
+    compose.run(compose.Config(**shared, task="demo_optical_gap", kind=kind, bootstrap=0, folds=0, output=composed))
+    start = dict(init=f"./{composed}", output=out, epochs=1, compare=False)
+    finetune.run(finetune.Config(**start, task="demo_optical_gap", quiet=True))
     demo.write_examples("new")
     done = predict.run(predict.Config(inputs=["new"], model=(out,), output=f"predictions_{kind}"))
     assert done["rows"] == 2 and hub.read_card(out)["architecture"]["backbone"] == "schnet"
-finetune.run(finetune.Config(**shared, task="demo_optical_gap", init="scratch", epochs=1, output="runs/scratch"))
+scratch = dict(init="scratch", epochs=1, folds=0, compare=False, output="runs/scratch")
+finetune.run(finetune.Config(**shared, **scratch, task="demo_optical_gap"))
 assert hub.verify("hub") == []
 print("all stages ran")
 """
@@ -86,3 +89,44 @@ def test_the_commands_of_the_readme_have_these_flags(script, flags):
 @pytest.mark.parametrize("name", re.findall(r"`(\w+\.py)`", README))
 def test_files_named_in_the_readme_exist(name):
     assert (ROOT / name).exists() or (ROOT / "tests" / name).exists() or name == "schnet.py"
+
+
+def test_the_readme_is_short_and_what_it_shows_is_there():
+    assert len(README.split()) <= 2000
+    for file in re.findall(r"\]\(([\w./]+)\)|`((?:results|datasets|examples|docs)/[\w.]+)`", README):
+        path = ROOT / next(name for name in file if name)
+        assert path.is_file() and path.stat().st_size < 100_000, path
+
+
+def test_the_demos_examples_are_what_make_demo_says_of_them():
+    from pymatgen.core import Structure
+
+    from crystals import load_crystals
+    from tasks import get_task
+
+    examples = {path.stem: Structure.from_file(path) for path in sorted((ROOT / "examples").iterdir())}
+    assert {name: s.composition.reduced_formula for name, s in examples.items()} == {"CaF2": "CaF2", "MgO": "MgO"}
+    assert examples["CaF2"].density == pytest.approx(3.18, abs=0.01)  # g/cm^3, fluorite and periclase
+    assert examples["MgO"].density == pytest.approx(3.58, abs=0.01)
+    crystals = load_crystals(get_task("dielectric"), quiet=True)
+    of = lambda *Z: [i for i, z in enumerate(crystals.Z) if sorted(set(z.tolist())) == list(Z)]  # noqa: E731
+    (row,) = of(9, 20)
+    assert np.exp(crystals.y[row]) == pytest.approx(8.06, abs=0.005) and of(8, 12) == []
+    split = json.loads((ROOT / "datasets/splits/mp_eps_total/seed0.json").read_text())
+    assert crystals.row[row] in split["val"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="without make")
+def test_make_hub_has_a_target_for_each_task_of_the_shipped_hub_and_of_the_paper():
+    def made(**settings):
+        words = [f"{k}={v}" for k, v in settings.items()]
+        command = ["make", "-n", "hub", "VENV=nowhere", *words]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "pretrain.py --teacher chgnet" in shown
+        return re.findall(r"train_module.py --task (\S+) --name \S+ --kind full", shown), shown
+
+    known = [name.lower() for name in json.loads((ROOT / "hub/tasks.json").read_text())]
+    tasks, shown = made(HUB="nohub", TASKS="hub/tasks.json")
+    assert tasks == known and shown.count("--tasks hub/tasks.json") == len(known) + 1
+    papers, shown = made(HUB="nohub")
+    assert len(papers) == 18 and {"n_seebeck", "jarvis_kvrh"} <= set(papers) and "--tasks" not in shown

@@ -1,0 +1,98 @@
+"""benchmark.py: runs without a network (test_stages.py runs those with one), and what the table says."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import benchmark
+from files import UserError
+
+TASK = "demo_optical_gap"
+
+
+def settings(tmp_path, **more):
+    more = {"task": TASK, "data": "demo", "limit": 40, "seeds": "0,1", "methods": "magpie", "quiet": True} | more
+    return benchmark.Config(output=str(tmp_path / "out"), **more)
+
+
+def test_a_run_without_a_network_has_the_files_of_a_fine_tuned_one(home, tmp_path):
+    found = benchmark.run(settings(tmp_path))
+    folder = tmp_path / "out/magpie" / TASK / "seed1"
+    tuned = home.root / "tuned"
+    files = {"metrics.json", "splits.json", "config.json", "predictions_test.csv", "predictions_val.csv"}
+    assert {path.name for path in folder.iterdir()} == files <= {path.name for path in tuned.iterdir()}
+    metrics, other = (json.loads((path / "metrics.json").read_text()) for path in (folder, tuned))
+    assert metrics.keys() <= other.keys() | {f"{part}_physical" for part in ("val", "test")}
+    assert metrics["test"].keys() == other["test"].keys()
+    rows = list(csv.DictReader(open(folder / "predictions_test.csv")))
+    errors = [abs(float(row["prediction"]) - float(row["target"])) for row in rows]
+    assert np.mean(errors) == pytest.approx(metrics["test_mae"]) and len(rows) == metrics["test"]["rows"] == 6
+    assert found[TASK]["magpie"][1]["test_mae"] == metrics["test_mae"]
+
+
+def test_a_finished_run_is_kept_and_what_rests_on_other_rows_is_refused(tmp_path):
+    benchmark.run(settings(tmp_path))
+    file = tmp_path / "out/magpie" / TASK / "seed0/metrics.json"
+    made = file.stat().st_mtime_ns
+    benchmark.run(settings(tmp_path, epochs=99))  # of networks
+    assert file.stat().st_mtime_ns == made
+    with pytest.raises(UserError, match="seed0: made with .*rows of train 28, now 22; .*; give another --output"):
+        benchmark.run(settings(tmp_path, limit=30))
+    with pytest.raises(UserError, match="runs of demo_optical_gap do not compare: limit .* in magpie, seed"):
+        benchmark.run(settings(tmp_path, limit=30, seeds="0", overwrite=True))
+    assert json.loads(file.read_text())["budget"] == {"limit": 30, "few_shot": 0}
+
+
+def runs(*errors, **budget):
+    budget = {"limit": 0, "few_shot": 0, **budget}
+    return {seed: {"test": {"rows": 9, "mae": e}, "val_mae": e, "test_mae": e, "unit": "eV", "best_epoch": None,
+                   "epochs": None, "seconds": 6.0, "budget": budget, "train_rows": 80}
+            for seed, e in enumerate(errors)}  # fmt: skip
+
+
+def test_only_networks_are_compared_by_their_epochs():
+    alike = [("magpie", runs(1)[0]), ("theta0", runs(1, epochs=5)[0]), ("scratch", runs(1, epochs=5)[0])]
+    benchmark.check_alike("x", "t", alike)
+    with pytest.raises(UserError, match="epochs 5 in theta0, but 6 in cgcnn"):
+        benchmark.check_alike("x", "t", [*alike, ("cgcnn", runs(1, epochs=6)[0])])
+    with pytest.raises(UserError, match="few_shot 0 in magpie, but 10 in chgnet-svr"):
+        benchmark.check_alike("x", "t", [*alike, ("chgnet-svr", runs(1, few_shot=10)[0])])
+
+
+def test_gains_are_means_over_tasks_of_the_seeds_that_both_have():
+    found = {
+        "a": {"moma-full": runs(0.5, 0.5, 9.0), "theta0": runs(1.0, 1.0)},  # half, on seeds 0 and 1
+        "b": {"moma-full": runs(1.1), "theta0": runs(1.0), "magpie": runs(2.2)},
+        "c": {"theta0": runs(1.0)},
+    }
+    assert benchmark.gains(found).split("\n") == [
+        "- gain of moma-full over theta0: mean 20.0%, better on 1 of 2 tasks",
+        "- gain of moma-full over magpie: mean 50.0%, better on 1 of 1 tasks",
+    ]
+    assert benchmark.gains({"c": found["c"]}) == ""
+
+
+def test_of_one_task_the_gain_has_a_spread_over_its_splits_and_what_lies_inside_is_said_to_be_none():
+    found = {"a": {"moma-full": runs(0.5, 0.6), "theta0": runs(1.0, 1.0), "magpie": runs(0.4, 1.0)}}
+    assert benchmark.gains(found).split("\n") == [
+        "- gain of moma-full over theta0: mean 45.0%, spread 7.1% over 2 splits, better on 2 of 2 splits",
+        "- gain of moma-full over magpie: mean 7.5%, spread 46.0% over 2 splits (inside the spread: no difference"
+        + " to speak of), better on 1 of 2 splits",
+    ]
+
+
+def test_errors_are_averaged_over_tasks_in_units_of_the_published_spread():
+    std = benchmark.STD
+    assert std.keys() == benchmark.PUBLISHED.keys()
+    found = {
+        "mine": {"moma-full": runs(7.0)},
+        "mp_phonons": {"moma-full": runs(0.07093, 3 * 0.07093), "magpie": runs(0.7093)},
+        "expt_eform": {"moma-full": runs(0.4 * 1.0065)},
+    }
+    last = benchmark.table(found).split("\n")[-1].split(" | ")
+    assert last[:5] == ["| mean of MAE / std, 2 tasks", "", "0.3000", "1.0000 (1 tasks)", ""]
+    paper = np.mean([0.0484 / 0.7093, 0.0839 / 1.0065])
+    assert last[5].endswith(f", {paper:.4f} |")
+    assert "mean of MAE" not in benchmark.table({"mine": found["mine"]})
