@@ -151,7 +151,8 @@ def baseline(cfg, method, settings, folder):
     record = {"method": method, "seed": settings.seed, **rests_on(crystals, splits)}
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         old = read_json(folder / "config.json", "the settings of a run").get("record")
-        return compare(old, record, folder, "give another --output, or --overwrite")
+        compare(old, record, folder, "give another --output, or --overwrite")
+        return show(read_json(folder / "metrics.json", "the metrics of a run"), folder)
     began, train, val = time.perf_counter(), splits["train"], splits["val"]
     rows = np.concatenate([val, splits["test"]])
     if method == "magpie":
@@ -177,7 +178,11 @@ def baseline(cfg, method, settings, folder):
             write_json(new / f"{name}.json", content)
         for name, text in files.items():
             write_text(new / name, text)
-    print(f"{task.name}, {method}: test MAE {evaluate.sentence(metrics)}; {folder}")
+    show(metrics, folder)
+
+
+def show(metrics, folder):
+    print(f"{metrics['task']}, {metrics['init']}: test MAE {evaluate.sentence(metrics)}; {folder}")
 
 
 def collect(root):

@@ -55,7 +55,7 @@ class Config(TaskConfig):
     task: str = ""  # a name in the task table, or in --tasks; or several: a,b,c
     all: bool = False  # every downstream task whose data are here; with a heat map
     output: str = ""  # folder of the composed module [runs/composed/TASK]; of several: the folder above
-    kind: Literal["", "full", "adapter"] = ""  # only these modules, in a hub that has both
+    kind: Literal["", "full", "adapter"] = ""  # only these modules [full, in a hub that has both]
     modules: str = ""  # only these: a,b,c
     select: Literal["amc", "average", "all", "random"] = "amc"  # ablation; average: AMC's modules, equal weights
     neighbors: Positive = 5  # K (2.3)
@@ -379,6 +379,10 @@ def show(cfg, output):
     """Print the report, with --quiet its last line. Returns it with the folder."""
     form = "the report of a composition"
     result = read_json(output / "composition.json", form)
+    if "recommended" not in result:
+        raise UserError(f"{output}: an earlier release composed it; --overwrite composes it again")
+    if cfg.save_embeddings and not (output / "embeddings.npz").exists():
+        raise UserError(f"{output}: was composed without embeddings.npz; --overwrite composes it again")
     if not cfg.quiet:
         print(table(result))
     names = {"mixture": "mixture", "composed": "composed module", "best_single": "best module", "theta_0": "theta_0"}
@@ -432,8 +436,12 @@ def compose_for(cfg, cards, crystals, rows, embed):
         "theta_0": means.get("theta_0"),  # a hub of imported modules may lack it
         "mean": (len(y) / (len(y) - 1)) ** 2,
     }
-    other = min(compared, key=means.get, default="")
-    alternative = f"--init {other.replace('theta_0', 'backbone')}, error {means[other]:.3f}" if other else ""
+    better = [name for name in compared if means[name] < means["composed"]]
+    other = min(better, key=means.get, default="")
+    own = [k for k in ("unit", "transform", "target_column", "pooling", "few_shot") if getattr(cfg, k)]
+    start = f"--init {other.replace('theta_0', 'backbone')}"  # which takes over no settings
+    start = " ".join([start, *(f"--{k.replace('_', '-')} {getattr(cfg, k)}" for k in own)])
+    alternative = f"{start}, error {means[other]:.3f}" if other else ""
     verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
     verdict.append(start_verdict(recommended, compared, means))
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
@@ -480,12 +488,15 @@ def candidates(cfg):
     for name in names:
         if name not in cards:
             raise UserError(f"--modules {name}: not in {cfg.hub}, which has {', '.join(cards) or 'none'}")
-    cards = {name: c for name, c in cards.items() if (not names or name in names) and cfg.kind in ("", c["kind"])}
+    kind = cfg.kind or ("full" if not names and "full" in {card["kind"] for card in cards.values()} else "")
+    cards = {name: c for name, c in cards.items() if (not names or name in names) and kind in ("", c["kind"])}
     if not cards:
-        kind = f"{cfg.kind} " if cfg.kind else ""
+        kind = f"{kind} " if kind else ""
         raise UserError(f"{cfg.hub}: no {kind}module to compose; train some with `make hub`")
     if len({card["kind"] for card in cards.values()}) > 1:
-        raise UserError(f"{cfg.hub}: has full and adapter modules, which do not mix; choose with --kind")
+        raise UserError(f"--modules {cfg.modules}: full and adapter modules do not mix; choose with --kind")
+    if taken := {"theta_0", "composed"} & cards.keys():
+        raise UserError(f"{cfg.hub}/{min(taken)}: modules are not called composed or theta_0; rename it")
     hub.check_compatible(cards, cfg.hub)
     theta_0, some = Path(cfg.hub) / hub.BACKBONE, next(iter(cards))
     if theta_0.is_dir() and hub.read_card(theta_0)["tensors_sha256"] != cards[some]["backbone_sha256"]:

@@ -6,8 +6,10 @@
     prediction - q * sigma, prediction + q * sigma       # for new crystals
 
 Split conformal prediction, normalised by a difficulty (Papadopoulos et al. 2008, Lei et al. 2018): of crystals drawn as
-the rows behind q were, at least 90 % lie inside, whatever the model is worth; sigma makes intervals wide where training
-rows are far. For crystals unlike those rows nothing is promised.
+the rows behind q were, about 90 % lie inside; sigma makes intervals wide where training rows are far. Not exactly: the
+validation rows behind the q of one split have chosen the epoch, and the mean of K models is not the one model behind
+each residual of a run of folds. What it comes to is measured, "coverage" in metrics.json. For crystals unlike those
+rows nothing is promised.
 
 X: (M, C) representations of crystals under the fine-tuned model. n: training rows. y, intervals: labels after the
 transform, so an interval of a logarithm is mapped back to positive values.

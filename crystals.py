@@ -221,13 +221,14 @@ def prototype(Z, pos, cell) -> str:
         parts = [int(z) for z in sorted(Z)]
     else:
         _, where = np.unique(found.mapping_to_primitive, return_index=True)  # one atom of the cell for each
-        orbit, count = np.unique(found.equivalent_atoms[where], return_counts=True)
+        orbit, count = np.unique(found.crystallographic_orbits[where], return_counts=True)
         sites = ((int(Z[i]), int(n), found.site_symmetry_symbols[i]) for i, n in zip(orbit, count, strict=True))
         parts = [int(found.number), in_vacuum(pos, cell), *sorted(sites)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 SYMPREC, GAP = 0.1, 6.0  # Å
+PROTOTYPE_VERSION = 2  # raise when prototype() makes something else
 
 
 def in_vacuum(pos, cell) -> int:
@@ -240,7 +241,8 @@ def in_vacuum(pos, cell) -> int:
 def prototypes(crystals, cache_dir="", quiet=False) -> list:
     """`prototype` of every crystal, through the cache."""
     structures = list(zip(crystals.Z, crystals.pos, crystals.cell))
-    key = hashlib.sha256("\n".join(structure_hash(*s) for s in structures).encode()).hexdigest()[:24]
+    content = [str(PROTOTYPE_VERSION), *(structure_hash(*s) for s in structures)]
+    key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:24]
 
     def build(folder):
         found = [prototype(*s) for s in progress(structures, "prototypes", quiet)]

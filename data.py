@@ -80,7 +80,7 @@ def published_split(crystals, seed=0):
         why = f"splits are published for the seeds {seeds[0]} to {seeds[-1]}"
     else:
         return folder / f"seed{seed}.json", f"the published split of seed {seed}"
-    return None, f"a random 70/15/15 split of seed {seed}; {why}"
+    return None, f"a random split of seed {seed}; {why}"
 
 
 def split_by_column(crystals):

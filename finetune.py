@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 import hub
-from data import collate
+from data import collate, split_fingerprint
 from evaluate import FOLDED, finished_folds, sentence, write, write_folds
 from model import BACKBONES, build_backbone, fit_scale_factors, preset, training_defaults
+from tasks import get_task
 from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, train
 
 
@@ -72,11 +73,24 @@ def run(cfg):
     crystals, dataset = read_task(cfg, origin.card["architecture"])
     folds = fold_rows(cfg, crystals)
     check_form(target, len(folds))
+    splits = None if folds else split_rows(cfg, crystals)
+    check_start(origin, crystals, splits)
     if folds:
         run_folds(given, cfg, target, crystals, dataset, folds)
     else:
-        fine_tune(given, cfg, target, origin, crystals, dataset, split_rows(cfg, crystals))
+        fine_tune(given, cfg, target, origin, crystals, dataset, splits)
     return show(target)
+
+
+def check_start(origin, crystals, splits):
+    """A start that was fine-tuned on this very table, labels included, must not have seen the rows to be tested."""
+    tuned = hub.MODEL in origin.card.get("files_sha256", {})
+    if not tuned or origin.card["dataset_fingerprint"] != crystals.fingerprint:
+        return
+    tested = ((origin.card["record"] or {}).get("content") or {}).get("test")
+    if splits is None or tested != split_fingerprint(crystals, splits)["test"]:
+        why = "was trained on labels of this table that this run tests"
+        raise UserError(f"--init {origin.path}: {why}; start from the composed module or theta_0, or give its split")
 
 
 def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
@@ -234,6 +248,11 @@ def recommended(cfg, composition):
     path = {"composed": composition, "theta_0": theta_0}.get(name) or hub.module_dir(cfg.hub, name)
     if not (path / "module.json").exists():
         raise MissingError(f"--init auto: {composition} recommends {name}, but there is no {path}; give its --hub")
+    if name != "composed":
+        known = report["backbone_sha256"] if name == "theta_0" else report["modules"][name]["tensors_sha256"]
+        if hub.read_card(path)["tensors_sha256"] != known:
+            why = f"is not the {name} that {composition} was composed with"
+            raise UserError(f"--init auto: {path} {why}; give its --hub, or compose again")
     of = {"composed": "composed", f"best module {report['best_single']}": "best_single", "theta_0": "theta_0"}
     known = ", ".join(f"{what} {errors[key]:.3f}" for what, key in of.items() if errors[key] is not None)
     return path, name, f"{name}, recommended by {composition} (leave-one-out error: {known})"
@@ -249,8 +268,9 @@ def take_over(cfg, origin):
         for k, value in taken.items():
             if type(value) is not hints[k][0]:
                 raise UserError(f"{file}: {k} is {short(value)}, not {hints[k][0].__name__}; compose again")
-    if taken.get("split_file"):
-        taken["split_file"] = taken["split_file"].replace("{task}", cfg.task)
+    if "{task}" in (split_file := taken.get("split_file") or cfg.split_file):
+        tasks, data = (getattr(cfg, k) or taken.get(k, "") for k in ("tasks", "data"))
+        taken["split_file"] = split_file.replace("{task}", get_task(cfg.task, tasks, data).name)
     if path is not None and cfg.folds is None:
         taken["folds"] = hub.read_card(path).get("folds") or 0
     empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}

@@ -542,10 +542,13 @@ def size(path: Path) -> str:
 
 
 def show_readme(args) -> int:
-    """README.md of the hub: python hub.py readme > hub/README.md."""
+    """README.md of the hub, with what a person wrote in SOURCES.md: python hub.py readme > hub/README.md."""
     cards, theta_0 = list_modules(args.hub), Path(args.hub) / BACKBONE
     cards = ({BACKBONE: read_card(theta_0)} if theta_0.is_dir() else {}) | cards
     print(hub_readme({name: (card, size(Path(args.hub) / name)) for name, card in cards.items()}))
+    sources = Path(args.hub) / "SOURCES.md"
+    if sources.exists():
+        print("\n" + sources.read_text().replace("# ", "## ", 1).rstrip())
     return 0
 
 

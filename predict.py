@@ -164,8 +164,8 @@ def read_inputs(cfg, card, cache):
 
 
 def unseen_elements(crystals, cards):
-    """Of every crystal, the elements that neither training nor fine-tuning has seen."""
-    seen = set.intersection(*(set(card["elements"] or []) for card in cards))
+    """Of every crystal, the elements that no model has seen, in training or fine-tuning."""
+    seen = set.union(*(set(card["elements"] or []) for card in cards))
     return [sorted(set(Z.tolist()) - seen) for Z in crystals.Z]
 
 
@@ -226,10 +226,11 @@ def next_to_label(X, d, spread, N):
     d, picks = d.copy(), []
     weight = np.ones(len(d)) if spread is None else spread
     for _ in range(min(N, len(d))):
-        i = int(np.argmax(d * weight))
+        score = d * weight
+        score[[i for i, _ in picks]] = -np.inf
+        i = int(np.argmax(score))
         picks.append((i, float(d[i])))
         d = np.minimum(d, np.linalg.norm(X - X[i], axis=1))
-        d[i] = -np.inf
     return picks
 
 

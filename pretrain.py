@@ -1,8 +1,8 @@
 """Stage 0: pre-train theta_0, the backbone that every module of a hub starts from (appendix B.2).
 
-    python pretrain.py --teacher chgnet --taught mp_eform,mp_gvrh,jarvis_eform --preset small
-    python pretrain.py --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24 --preset small
-    python pretrain.py --sets demo_forcefield,demo_clusters --data demo --preset tiny --hub hub
+    python pretrain.py --hub my_hub --teacher chgnet --taught mp_eform,mp_gvrh,jarvis_eform
+    python pretrain.py --hub my_hub --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24
+    python pretrain.py --hub my_hub --sets demo_forcefield,demo_clusters --data demo --preset tiny
 
 Two recipes, alone or together. --sets, JMP's: several sets at once (crystals, molecules; energies with or without
 forces), one energy and one force head each. --teacher, distillation: an open potential (teachers.py) labels the crystals
@@ -145,6 +145,9 @@ SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_a
             "max_energy", "bf16")  # fmt: skip
 
 
+TAUGHT = ("limit", "taught", "copies", "leave_out")  # for the card; the record has the rows' fingerprints
+
+
 def refuse_if_used(target, cfg):
     """Modules merge only when they start from one theta_0, so one that is in use is not replaced unasked."""
     if cfg.overwrite or not (target / "module.json").exists():
@@ -196,7 +199,7 @@ def new_card(cfg, arch, sets, record):
         "elements": sorted({int(z) for s in sets.values() for i in s.train for z in s.crystals.Z[i]}),
         "seed": cfg.seed, "split_seed": cfg.split_seed,
         "split": {k: sum(len(getattr(s, k)) for s in sets.values()) for k in ("train", "val")},
-        "training": {k: getattr(cfg, k) for k in SETTINGS}, "hardware": hardware(cfg), "license_code": "MIT",
+        "training": {k: getattr(cfg, k) for k in (*SETTINGS, *TAUGHT)}, "hardware": hardware(cfg), "license_code": "MIT",
         "author": cfg.author or None, "license_weights": cfg.license or None,
         "license_data": "; ".join(sorted({s.crystals.task.license for s in sets.values()} - {""})) or None,
         "parents": [], "weights": [],
@@ -395,25 +398,30 @@ def taught_set(cfg, quiet):
             else:
                 seen[key] = task.name
                 kept[name], compound[name] = (crystals.Z[i], crystals.pos[i], crystals.cell[i]), key
+    if not kept:
+        why = count_reasons(why for _, why in skipped) or "there is none"
+        raise UserError(f"--taught {cfg.taught}: no crystal is left ({why}); name other tables, or --leave-out none")
     copies = [(f"{name}, copy {k}", distorted(*s, k)) for k in range(1, cfg.copies + 1) for name, s in kept.items()]
     group = np.tile(np.arange(len(kept)), 1 + cfg.copies)  # a crystal and its copies
     ids, structures = zip(*kept.items(), *copies, strict=True)
     Z, pos, cell = map(list, zip(*structures, strict=True))
     licenses = {part for t in tasks for part in t.license.split("; ")} | {TEACHERS[cfg.teacher].license}
-    about = Task(cfg.teacher, f"{cfg.teacher} on {', '.join(t.name for t in tasks)}", "energy", unit="eV",
+    about = Task(cfg.teacher, ", ".join(t.name for t in tasks), "energy", unit="eV",
                  pooling="sum", license="; ".join(sorted(licenses - {""})))  # fmt: skip
     crystals = Crystals(about, list(ids), Z, pos, cell, np.array([np.any(c) for c in cell]), np.zeros(len(ids)),
                         np.arange(len(ids)), skipped=skipped)  # fmt: skip
     labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet)
     good = np.array([not isinstance(x, str) for x in labels])
     skipped += [(ids[i], labels[i]) for i in np.flatnonzero(~good)]
+    if not good.any():
+        why = count_reasons(x for x in labels if isinstance(x, str))
+        raise UserError(f"--taught {cfg.taught}: {cfg.teacher} can label none of {len(ids)} crystals ({why})")
     energy, features = zip(*(labels[i] for i in np.flatnonzero(good)), strict=True)
     crystals = replace(subset(crystals, np.flatnonzero(good)), y=np.array(energy), teacher=list(features), fingerprint="")
     say(cfg, f"  {cfg.teacher}: {len(kept)} compounds, {len(crystals)} crystals with copies; {len(skipped)} left out")
     s = normalise(cfg.teacher, crystals, cfg, group[good])
     s.energy_weight, s.public = cfg.energy_weight, all(map(is_public, tasks))
-    trained = [s.crystals.ids[i] for i in s.train]
-    s.compounds = [compound[name] for name in trained if name in compound]  # copies have other names
+    s.compounds = [compound[s.crystals.ids[i].split(", copy ")[0]] for i in s.train]
     return s
 
 

@@ -86,7 +86,7 @@ def transform_note(cfg, task, y):
 
 
 def seen_before(cfg, cards, crystals):
-    """{"theta_0" or module: (M,) bool, whether it was trained on these crystals (with other labels); None: not known}."""
+    """{"theta_0" or module: (M,) bool, whether it was trained on these crystals, under whatever label; None: not known}."""
     folders = {"theta_0": Path(cfg.hub) / hub.BACKBONE, **{name: hub.module_dir(cfg.hub, name) for name in cards}}
     known = [name for name, path in folders.items() if path.is_dir() and hub.read_seen(path) is not None]
     found = prototypes(crystals, cfg.cache, cfg.quiet) if known else []
@@ -106,7 +106,7 @@ def leakage_verdict(leakage, splits):
     total = " and ".join(f"{len(splits[part])} in {part}" for part in parts)
     counts = [f"{name} {' and '.join(str(x[part]) for part in parts)}" for name, x in leakage.items() if x]
     unknown = ", ".join(name for name, x in leakage.items() if not x)
-    said = [f"seen before, with another label, of the crystals ({total}): {', '.join(counts)}"] * bool(counts)
+    said = [f"seen in training before, under whatever label, of the crystals ({total}): {', '.join(counts)}"] * bool(counts)
     said += [f"which crystals were seen before is unknown for {unknown} (no {hub.SEEN})"] * bool(unknown)
     return "; ".join(said)
 

@@ -1,6 +1,6 @@
 """Stage 1: train one MoMa module g_j on one task (section 2.2, appendix B.2). Owns the training loop of all stages.
 
-    python train_module.py --task mp_eform --hub hub --kind full
+    python train_module.py --task mp_eform --hub my_hub --kind full
 
 full: all backbone parameters are the module. adapter: the backbone is frozen, the data are encoded once, and adapters
 and head train on the stored features. Both start from theta_0 = HUB/backbone and end as one folder of the hub.

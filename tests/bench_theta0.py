@@ -1,6 +1,6 @@
 """What composition starts from: kNN errors of starting points theta_0 (or of any modules) on training rows.
 
-    python tests/bench_theta0.py --splits ../shared/splits hub other_hub hub/mp_gvrh
+    python tests/bench_theta0.py hub other_hub hub/mp_gvrh
 
 Leave-one-out kNN error (K = 5, temperature 0.2) on the training rows of the published splits, mean squared error over
 variance of the label, mean over the seeds. A hub stands for its backbone.
@@ -12,7 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
@@ -25,16 +26,16 @@ from stage import CommonConfig
 from tasks import get_task
 from train_module import loader, plan_batches, read_graphs
 
-TASKS = "jarvis_2d_eform,mp_phonons,mp_eps_total,expt_bandgap"
+TASKS = "jarvis_2d_eform,mp_phonons,mp_eps_total"  # and, where MATMINER_DATA has it, expt_bandgap
 
 
 @torch.no_grad()
-def embed(backbone, dataset):
+def embed(backbone, adapters, dataset):
     """(M, C): the mean over the atoms of every crystal."""
     X, cfg = np.empty((len(dataset), backbone.width), np.float32), CommonConfig()
     rows = range(len(dataset))
     for batch in loader(partial(read_graphs, dataset), plan_batches(dataset.num_atoms, rows, cfg), cfg):
-        X[batch["index"].numpy()] = backbone.embed(to_device(batch, "cpu")).numpy()
+        X[batch["index"].numpy()] = backbone.embed(to_device(batch, "cpu"), adapters).numpy()
     return X
 
 
@@ -43,7 +44,7 @@ def main():
     parser.add_argument("places", nargs="+", metavar="PLACE", help="a hub, or a module of one")
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--table", default="", help="JSON file with more tasks")
-    parser.add_argument("--splits", default="datasets/splits")
+    parser.add_argument("--splits", default=ROOT / "datasets/splits")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     tasks = args.tasks.split(",")
@@ -54,7 +55,7 @@ def main():
         for name in tasks:
             crystals = load_crystals(get_task(name, args.table), quiet=True)
             dataset = GraphDataset(crystals, GraphConfig(**module.card["architecture"]["graph"]), quiet=True)
-            X, errors = embed(module.backbone.eval(), dataset), []
+            X, errors = embed(module.backbone.eval(), module.adapters, dataset), []
             at = {int(row): i for i, row in enumerate(crystals.row)}
             for seed in range(args.seeds):
                 split = json.loads(Path(args.splits, name, f"seed{seed}.json").read_text())

@@ -416,8 +416,8 @@ def test_a_folder_that_is_not_a_composed_module_is_left_alone(made, tmp_path):
 def test_full_and_adapter_modules_do_not_mix(tmp_path):
     put(tmp_path, "a", tensors(0)), put(tmp_path, "b", tensors(1), kind="adapter")
     with pytest.raises(ValueError, match="choose with --kind"):
-        compose.candidates(Config(hub=str(tmp_path)))
-    assert list(compose.candidates(Config(hub=str(tmp_path), kind="full"))) == ["a"]
+        compose.candidates(Config(hub=str(tmp_path), modules="a,b"))
+    assert list(compose.candidates(Config(hub=str(tmp_path)))) == ["a"]
 
 
 def test_a_foreign_module_is_named_before_any_tensor_is_read(made, tmp_path, monkeypatch):

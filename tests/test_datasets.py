@@ -71,7 +71,7 @@ def test_the_published_split_is_said_and_what_is_not_published_is_random_and_sai
     make_splits(crystals, quiet=True)
     assert capsys.readouterr().err == ""
     random = make_splits(crystals, 7)
-    said = f"{SMALL}: a random 70/15/15 split of seed 7; "
+    said = f"{SMALL}: a random split of seed 7; "
     assert capsys.readouterr().err == f"{said}splits are published for the seeds 0 to 4\n"
     assert tuple(map(len, random.values())) == (84, 18, 18)
     some = load_crystals(get_task(SMALL), limit=20, quiet=True, cache_dir=shared_cache)
@@ -113,7 +113,7 @@ def test_compose_runs_on_the_shipped_table_under_its_alias(home, tmp_path, capsy
                          output=str(tmp_path / "composed"))  # fmt: skip
     found = compose.run(cfg)
     assert found["task"] == "mp_eps_total" and (tmp_path / "composed" / "module.json").exists()
-    assert "mp_eps_total: a random 70/15/15 split of seed 0; published" in capsys.readouterr().err
+    assert "mp_eps_total: a random split of seed 0; published" in capsys.readouterr().err
 
 
 def test_the_benchmark_takes_the_published_split_of_each_seed(tmp_path):

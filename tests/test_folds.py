@@ -229,3 +229,13 @@ def test_what_a_start_has_seen_is_told_apart_in_the_error(home):
     crystals, _ = read_task(home.modules, preset("tiny"))
     scratch = finetune.find_start(replace(home.runs, init="scratch"), "x")
     assert not evaluate.seen_rows(home.runs, scratch, crystals).any()
+
+
+def test_a_start_that_was_tuned_on_rows_to_be_tested_is_refused(home, tmp_path):
+    one = replace(home.runs, folds=0, epochs=1, output=str(tmp_path / "one"))
+    finetune.run(one)
+    again = replace(one, init=str(tmp_path / "one"), output=str(tmp_path / "again"))
+    for leaks in (dict(folds=3), dict(split_seed=7)):
+        with pytest.raises(UserError, match="was trained on labels of this table that this run tests"):
+            finetune.run(replace(again, **leaks))
+    finetune.run(again)  # the same split: nothing that is tested was learnt

@@ -11,7 +11,7 @@ import compose
 import hub
 import train_module
 from conftest import crystal, table_of
-from crystals import load_crystals, prototypes
+from crystals import load_crystals, prototype, prototypes
 from files import UserError
 from stage import prepare
 from tasks import get_task
@@ -147,7 +147,7 @@ def test_compose_counts_what_modules_and_theta_0_have_seen_and_keeps_the_union(h
         "full": {"train": n(module, "train"), "test": n(module, "test")},
     }
     assert result["leakage"]["theta_0"]["train"] >= 4 and result["leakage"]["theta_0"]["test"] >= 1
-    (note,) = [note for note in result["notes"] if note.startswith("seen before")]
+    (note,) = [note for note in result["notes"] if note.startswith("seen in training before")]
     assert "of the crystals (22 in train and 4 in test): theta_0 " in note and ", full " in note
     assert hub.seen([tmp_path / "composed"], names).tolist() == [name in {*theta, *module} for name in names]
 
@@ -169,3 +169,23 @@ def test_modules_without_hashes_are_said_to_be_unknown(home, tmp_path):
     result = composed(home, tmp_path, output=str(tmp_path / "none"))
     assert result["leakage"] == {"theta_0": None, "full": None}
     assert "which crystals were seen before is unknown for theta_0, full (no seen.npy)" in result["notes"]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", ["NaCl", "SrTiO3", "bcc Fe"])
+def test_a_supercell_a_rotation_and_a_slight_relaxation_are_the_same_compound(crystals, name, axis):
+    Z, pos, cell, _ = crystals[name]
+    doubled = cell.copy()
+    doubled[axis] *= 2
+    twice = np.concatenate([Z, Z]), np.concatenate([pos, pos + cell[axis]]), doubled
+    turn = np.linalg.qr(np.random.default_rng(axis).normal(size=(3, 3)))[0]
+    noise = np.random.default_rng(0).normal(scale=0.005, size=pos.shape)
+    same = [(Z, pos, cell), twice, (Z, pos @ turn, cell @ turn), (Z, (pos + noise) * 1.01, cell * 1.01)]
+    assert len({prototype(*s) for s in same}) == 1
+
+
+def test_other_elements_and_other_structures_are_other_compounds(crystals):
+    names = ["NaCl", "SrTiO3", "bcc Fe", "triclinic", "thin"]
+    Z, pos, cell, _ = crystals["NaCl"]
+    other = [(np.array([19, 17]), pos, cell), (Z, pos, cell @ np.diag([1, 1, 1.3]))]
+    assert len({prototype(*s) for s in [*(crystals[n][:3] for n in names), *other]}) == len(names) + 2

@@ -117,7 +117,7 @@ def test_distillation_lowers_the_error_of_the_features_and_the_card_says_from_wh
     first, last = (float(history[i].split(",")[column]) for i in (1, -1))
     assert last < 0.7 * first
     assert card["property"] == "energies and atom features of a teacher 1"
-    assert card["license_data"] == "MIT; MIT (a teacher)" and card["dataset"] == "chgnet on demo_volume, demo_gap"
+    assert card["license_data"] == "MIT; MIT (a teacher)" and card["dataset"] == "demo_volume, demo_gap"
     assert card["training"]["sets"]["chgnet"]["val_mae_features"] == pytest.approx(last, rel=1e-4)
     assert hub.load_module(tmp_path / "hub/backbone").backbone.width  # the plain backbone, without the teacher's layer
 
@@ -169,6 +169,13 @@ def test_another_weight_is_another_record(called, tmp_path):
     pretrain.run(config(tmp_path))
     with pytest.raises(pretrain.UserError, match="energy-weight"):
         pretrain.run(config(tmp_path, energy_weight=0.5))
+
+
+def test_no_crystal_left_is_one_line(called, tmp_path):
+    with pytest.raises(pretrain.UserError, match="no crystal is left .occurs before"):
+        pretrain.run(config(tmp_path, taught="demo_gap", leave_out="demo_gap"))
+    with pytest.raises(pretrain.UserError, match="can label none of .* .teacher"):
+        pretrain.run(config(tmp_path, taught="demo_clusters"))
 
 
 def test_nothing_to_learn_from_is_one_line(tmp_path):
