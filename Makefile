@@ -100,7 +100,7 @@ predict: setup
 # ------------------------------------- the demo: the shipped hub and table, the paper's row "Dielectric Constant"
 
 DEMO        = runs/demo
-DEMO_EPOCHS ?= 15
+DEMO_EPOCHS ?= 10
 # with other settings than before: make demo ARGS=--overwrite
 
 # one thread: small nets gain little from a second, and lose much beside other programs

@@ -210,8 +210,9 @@ def find_start(cfg, name, fold=None):
     recover(path)
     if not (path / "module.json").exists():
         raise MissingError(f"--init {cfg.init}: no module in {path}; {cure}")
-    card, chosen = hub.read_card(path), "composed" if cfg.init == "composed" else path.name
+    card = hub.read_card(path)
     composition = path if "composition.json" in card["files_sha256"] else None
+    chosen = "composed" if composition else path.name
     if composition and fold is not None:
         path = composition = path / hub.FOLDS / str(fold)
         if not path.is_dir():
