@@ -338,7 +338,7 @@ def run(cfg):
     claim(folder, replace(given, folds=len(folds)), record)
     write_skipped(folder / "skipped.csv", crystals.skipped)
 
-    rows = every if folds else splits["train"]
+    rows = splits["train"] if cfg.few_shot and not folds else every  # one embedding for all splits of a table
     embed, seen = make_embed(cfg, some, dataset, rows), seen_before(cfg, cards, crystals)
     make = partial(composed_module, cfg, cards, crystals, embed, rows, seen)
     g_D, card, files = make(splits, record)
