@@ -320,8 +320,7 @@ def run(cfg):
     start(cfg)
     if cfg.all or "," in cfg.task:
         return run_several(cfg)
-    given, name, cards = cfg, run_name(cfg), candidates(cfg)
-    cfg = replace(cfg, split_file=cfg.split_file.replace("{task}", get_task(cfg.task, cfg.tasks, cfg.data).name))
+    name, cards = run_name(cfg), candidates(cfg)
     output = output_path(cfg.output or Path("runs") / "composed" / name)
     hub.check_name(output.name)
     some = next(iter(cards.values()))
@@ -335,7 +334,7 @@ def run(cfg):
         return show(cfg, output)
     hub.check_card(new_card(cfg, cards, crystals, splits, record), output)
     folder = work_folder(output)
-    claim(folder, replace(given, folds=len(folds)), record)
+    claim(folder, replace(cfg, folds=len(folds)), record)
     write_skipped(folder / "skipped.csv", crystals.skipped)
 
     rows = splits["train"] if cfg.few_shot and not folds else every  # one embedding for all splits of a table

@@ -36,7 +36,6 @@ import hub
 from data import collate, split_fingerprint
 from evaluate import FOLDED, finished_folds, sentence, write, write_folds
 from model import BACKBONES, build_backbone, fit_scale_factors, preset, training_defaults
-from tasks import get_task
 from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, train
 
 
@@ -269,9 +268,6 @@ def take_over(cfg, origin):
         for k, value in taken.items():
             if type(value) is not hints[k][0]:
                 raise UserError(f"{file}: {k} is {short(value)}, not {hints[k][0].__name__}; compose again")
-    if "{task}" in (split_file := taken.get("split_file") or cfg.split_file):
-        tasks, data = (getattr(cfg, k) or taken.get(k, "") for k in ("tasks", "data"))
-        taken["split_file"] = split_file.replace("{task}", get_task(cfg.task, tasks, data).name)
     if path is not None and cfg.folds is None:
         taken["folds"] = hub.read_card(path).get("folds") or 0
     empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}

@@ -127,7 +127,8 @@ def read_task(cfg: TaskConfig, arch):
 def split_rows(cfg: TaskConfig, crystals):
     """{"train", "val", "test": positions}: one split of the rows."""
     held_out = {k: getattr(cfg, k) for k in ("held_out",) if hasattr(cfg, k)}  # of modules
-    splits = make_splits(crystals, cfg.split_seed, cfg.split_file, cfg.quiet or rank() > 0, **held_out)
+    file = cfg.split_file.replace("{task}", crystals.task.name)
+    splits = make_splits(crystals, cfg.split_seed, file, cfg.quiet or rank() > 0, **held_out)
     splits["train"] = few_shot(splits["train"], cfg.few_shot, cfg.split_seed)
     if not (cfg.quiet or rank() > 0):
         report_duplicates(crystals, splits)

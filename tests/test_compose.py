@@ -459,9 +459,9 @@ def tuned(made, tmp_path, **changes):
 
 
 def test_fine_tuning_takes_over_labels_split_and_rows_of_the_composition(made, tmp_path):
-    split = tmp_path / "split.json"
+    split = tmp_path / "demo_optical_gap.json"
     split.write_text(json.dumps({"train": list(range(12)), "val": [12, 13, 14], "test": [15, 16, 17]}))
-    compose.run(config(made, tmp_path / "composed", few_shot=9, split_file=str(split), transform="log", split_seed=4, limit=0))
+    compose.run(config(made, tmp_path / "composed", few_shot=9, split_file=str(tmp_path / "{task}.json"), transform="log", split_seed=4, limit=0))
     finetune.run(tuned(made, tmp_path))  # nothing said but the task: all else is the composition's
     rows, card = json.loads((tmp_path / "run/splits.json").read_text()), hub.read_card(tmp_path / "run")
     assert len(rows["train"]) == 9 and set(rows["train"]) < set(range(12)) and rows["test"] == [15, 16, 17]
