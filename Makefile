@@ -101,6 +101,7 @@ predict: setup
 
 DEMO        = runs/demo
 DEMO_EPOCHS ?= 10
+first       = full/mp_eps_total/seed0
 # with other settings than before: make demo ARGS=--overwrite
 
 # one thread: small nets gain little from a second, and lose much beside other programs
@@ -109,17 +110,17 @@ demo: | $(VENV)/done
 	@echo "--- the hub: modules that were trained from one theta_0"
 	$(PY) hub.py list --hub $(HUB)
 	@echo "--- stage 2a: compose the modules that help to predict dielectric constants"
-	$(PY) compose.py --task dielectric --hub $(HUB) --output $(DEMO)/dielectric $(ARGS)
+	$(PY) compose.py --task dielectric --hub $(HUB) --output $(DEMO)/composed/$(first) $(ARGS)
 	@echo "--- stage 2b: fine-tune, $(DEMO_EPOCHS) epochs"
-	$(PY) finetune.py --task dielectric --hub $(HUB) --init $(DEMO)/dielectric --output $(DEMO)/model --epochs $(DEMO_EPOCHS) \
-	    --resume $(ARGS)
-	@echo "--- the same rows for theta_0 without modules, and for Magpie trees: three splits, two processes"
+	$(PY) finetune.py --task dielectric --hub $(HUB) --init $(DEMO)/composed/$(first) --output $(DEMO)/moma-$(first) \
+	    --epochs $(DEMO_EPOCHS) --no-compare --resume $(ARGS)
+	@echo "--- two more splits, and the same rows for theta_0 without modules and for Magpie trees: two processes"
 	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory -j2 demo-moma-full demo-theta0 demo-magpie
 	@$(PY) benchmark.py --table --output $(DEMO)
 	@echo "--- two crystals: CaF2 is in the table (8.06, validation row of this split), MgO is not (measured: 9.8)"
-	$(PY) predict.py --model $(DEMO)/model examples --output $(DEMO)/predictions
+	$(PY) predict.py --model $(DEMO)/moma-$(first) examples --output $(DEMO)/predictions
 	@cat $(DEMO)/predictions/predictions.csv
-	@echo "plots: $(DEMO)/dielectric/weights.png $(DEMO)/model/parity.png $(DEMO)/heat_map_full.png"
+	@echo "plots: $(DEMO)/composed/$(first)/weights.png $(DEMO)/moma-$(first)/parity.png $(DEMO)/heat_map_full.png"
 
 demo-%: | $(VENV)/done
 	@mkdir -p $(DEMO)

@@ -811,17 +811,19 @@ class PretrainModel(nn.Module):
     """JMP's pre-training model: an energy head and, where a set has forces, a force head for each data set.
 
     model(batch, task) -> energy (B,), the sum over atoms; forces (A, 3) or None; a teacher's features of the atoms
-    (A, C) or None, one linear layer; all normalised. Direct forces: the force on atom t is the sum over main edges into
-    t of scalar_e * V_e. tasks: {name: has forces}. taught: {name: C} of those with a teacher's features.
+    (A, C) or None; all normalised. Direct forces: the force on atom t is the sum over main edges into t of
+    scalar_e * V_e. tasks: {name: has forces}. taught: {name: C} of those with a teacher's features; these and the
+    energy are linear in an atom's representation, so the mean over the atoms, which kNN compares, holds both.
     """
 
     def __init__(self, backbone, tasks, taught=()):
         super().__init__()
         self.backbone = backbone
-        self.out_energy = nn.ModuleDict({name: mlp(backbone.width) for name in tasks})
+        n, taught = backbone.width, dict(taught)
+        self.out_energy = nn.ModuleDict({name: nn.Linear(n, 1) if name in taught else mlp(n) for name in tasks})
         with_forces = [name for name, has_forces in tasks.items() if has_forces]
         self.out_forces = nn.ModuleDict({name: mlp(backbone.edge_width) for name in with_forces})
-        self.out_teacher = nn.ModuleDict({name: nn.Linear(backbone.width, C) for name, C in dict(taught).items()})
+        self.out_teacher = nn.ModuleDict({name: nn.Linear(n, C) for name, C in taught.items()})
 
     def forward(self, batch, task):
         forces = None

@@ -10,8 +10,9 @@ of --taught with its energy and its features of every atom, which a linear layer
 No label of those tables is used, and what occurs in --leave-out, the downstream tasks, is left out.
 
 With E the total energy of a structure in eV and N its number of atoms,  E = sum_z n_z r_z + sigma * (sum of the head's
-atoms). r: linear per-element references, fitted per set. sigma: residual per atom, eV. M: rows of a set. B, A: of a
-batch. C: the teacher's features of an atom.
+atoms). r: linear per-element references, fitted per set; a teacher's are its energies of the elements themselves, so
+that it teaches formation energies. sigma: residual per atom, eV. M: rows of a set. B, A: of a batch. C: the teacher's
+features of an atom.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from files import MissingError, UserError, write_skipped
@@ -385,19 +387,20 @@ def words(text):
 
 def taught_set(cfg, quiet):
     """The crystals of --taught with --copies of each, labelled by the teacher; each compound once."""
-    seen, kept, compound, skipped, tasks = left_out(cfg), {}, {}, [], []
+    seen, kept, compound, alone, skipped, tasks = left_out(cfg), {}, {}, [], [], []
     for text in words(cfg.taught):
         task = find_task(text, cfg)
         crystals = load_crystals(replace(task, forces_column=""), cfg.limit, cfg.on_error, False, quiet, cfg.cache)
         tasks.append(task)
         skipped += [(f"{task.name}: {i}", why) for i, why in crystals.skipped]
         for i, key in enumerate(prototypes(crystals, cfg.cache, quiet)):
-            name = f"{task.name}: {crystals.ids[i]}"
+            name, structure = f"{task.name}: {crystals.ids[i]}", (crystals.Z[i], crystals.pos[i], crystals.cell[i])
+            alone += [structure] * (len(set(structure[0])) == 1)
             if key in seen:
                 skipped.append((name, f"occurs before: in {seen[key]}"))
             else:
                 seen[key] = task.name
-                kept[name], compound[name] = (crystals.Z[i], crystals.pos[i], crystals.cell[i]), key
+                kept[name], compound[name] = structure, key
     if not kept:
         why = count_reasons(why for _, why in skipped) or "there is none"
         raise UserError(f"--taught {cfg.taught}: no crystal is left ({why}); name other tables, or --leave-out none")
@@ -419,17 +422,27 @@ def taught_set(cfg, quiet):
     energy, features = zip(*(labels[i] for i in np.flatnonzero(good)), strict=True)
     crystals = replace(subset(crystals, np.flatnonzero(good)), y=np.array(energy), teacher=list(features), fingerprint="")
     say(cfg, f"  {cfg.teacher}: {len(kept)} compounds, {len(crystals)} crystals with copies; {len(skipped)} left out")
-    s = normalise(cfg.teacher, crystals, cfg, group[good])
+    s = normalise(cfg.teacher, crystals, cfg, group[good], energies_of_elements(cfg, alone, quiet))
     s.energy_weight, s.public = cfg.energy_weight, all(map(is_public, tasks))
     s.compounds = [compound[s.crystals.ids[i].split(", copy ")[0]] for i in s.train]
     return s
+
+
+def energies_of_elements(cfg, structures, quiet):
+    """{Z: the teacher's lowest energy per atom, eV} of crystals of one element, left out of training or not."""
+    Z, pos, cell = zip(*structures) if structures else ([], [], [])
+    labels, lowest = teach(cfg.teacher, SimpleNamespace(Z=Z, pos=pos, cell=cell), cfg.cache, 0, quiet), {}
+    for z, label in zip(Z, labels, strict=True):
+        if not isinstance(label, str):
+            lowest[int(z[0])] = min(label[0] / len(z), lowest.get(int(z[0]), math.inf))
+    return lowest
 
 
 def left_out(cfg):
     """{prototype: task} of the crystals of --leave-out; tasks whose data are not here are named."""
     names, found, missing = words(cfg.leave_out), {}, []
     if names == ["downstream"]:
-        names = task_names("downstream", cfg.tasks, cfg.data)
+        names = dict.fromkeys(n for file in ("", cfg.tasks) for n in task_names("downstream", file, cfg.data))
     for name in () if names == ["none"] else names:
         try:
             crystals = load_crystals(get_task(name, cfg.tasks, cfg.data), quiet=True, cache_dir=cfg.cache)
@@ -456,10 +469,10 @@ def find_task(text, cfg):
     return get_task(re.sub(r"\W", "_", Path(text).stem), cfg.tasks, text, unit="eV", forces_column=forces)
 
 
-def normalise(name, crystals, cfg, group=None):
+def normalise(name, crystals, cfg, group=None, elements=None):
     """Leave out outliers and split; references and scales come from the training rows alone.
 
-    group (M,): rows of one number are in one part.
+    group (M,): rows of one number are in one part. elements: {Z: eV}, references that are known.
 
     sigma is the root mean square of the residual PER ATOM, and the loss divides by N. JMP divides totals by the standard
     deviation of totals, fine for molecules of one size. With cells of 1 to 100 atoms that (and a square root of N, too)
@@ -475,7 +488,7 @@ def normalise(name, crystals, cfg, group=None):
         why = f"force above {cfg.max_force:g} eV/A (--max-force)"
         skipped += [(crystals.ids[i], why) for i in np.flatnonzero(~keep)]
     if keep.any():
-        _, residual = reference_residuals(crystals, energy, np.flatnonzero(keep))
+        _, residual = reference_residuals(crystals, energy, np.flatnonzero(keep), elements)
         off = np.abs(residual - np.median(residual[keep]))
         far = keep & (off > cfg.max_energy * (np.quantile(off[keep], 0.9) / 1.645 + 1e-3))  # 1.645: for a Gaussian
         why = f"energy beyond {cfg.max_energy:g} spreads (--max-energy)"
@@ -484,7 +497,7 @@ def normalise(name, crystals, cfg, group=None):
     train = np.flatnonzero(keep & ~is_val)
     if len(train) < 2 or not (keep & is_val).any():
         raise UserError(f"--sets {name}: {keep.sum()} usable rows are too few; raise --limit or --val-fraction")
-    r, residual = reference_residuals(crystals, energy, train)
+    r, residual = reference_residuals(crystals, energy, train, elements)
     sigma, scale, forces = math.sqrt(np.mean(residual[train] ** 2)) + 1e-6, 0.0, None
     if crystals.forces is not None:
         scale = math.sqrt(np.mean(np.concatenate([crystals.forces[i] for i in train]) ** 2)) + 1e-6
@@ -514,10 +527,17 @@ def total_energies(name, crystals):
     return crystals.y * factor * ([len(z) for z in crystals.Z] if task.unit.endswith("/atom") else 1)
 
 
-def reference_residuals(crystals, energy, rows):
-    """References fitted on `rows` and what they leave over in all rows, per atom: (119,) eV and (M,) eV/atom."""
+def reference_residuals(crystals, energy, rows, elements=None):
+    """References and what they leave over in all rows, per atom: (119,) eV and (M,) eV/atom.
+
+    They are fitted on `rows`; those of `elements` are known, and all are shifted by the median of the residual.
+    """
     r = fit_references([crystals.Z[i] for i in rows], energy[rows])
-    return r, np.array([(e - r[z].sum()) / len(z) for e, z in zip(energy, crystals.Z, strict=True)])
+    for z, e in (elements or {}).items():
+        r[z] = e
+    residual = np.array([(e - r[z].sum()) / len(z) for e, z in zip(energy, crystals.Z, strict=True)])
+    shift = np.median(residual[rows]) if elements else 0.0
+    return r + shift, residual - shift
 
 
 def fit_references(Z, energy):

@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,12 +148,44 @@ def test_features_are_standardised_on_the_training_rows(called, tmp_path):
     np.testing.assert_allclose(x.std(axis=0), 1, atol=1e-3)
 
 
+def test_a_teacher_teaches_formation_energies(tmp_path):
+    """Per atom: 0 for the element's lowest crystal, less than nothing for a compound that is bound."""
+    Z = [np.array(z) for z in ([11], [11, 11], [17, 17], [11, 17], [11, 17, 11, 17], [20, 17, 17])]
+    energy = np.array([-1.0, -1.8, -4.0, -7.0, -14.2, -11.0])
+    lowest = {11: -1.0, 17: -2.0}
+    r, residual = pretrain.reference_residuals(SimpleNamespace(Z=Z), energy, np.arange(5), lowest)
+    formation = np.array([0, 0.1, 0, -2.0, -2.05])
+    np.testing.assert_allclose(residual[:5], formation - np.median(formation), atol=1e-12)
+    assert r[17] - r[11] == pytest.approx(-1.0)
+
+
+def test_references_are_the_teachers_energies_of_elements(called, tmp_path):
+    structures = [NACL, (NACL[0] * 0 + 11, *NACL[1:]), (NACL[0] * 0 + 11, NACL[1], NACL[2] * 1.1)]
+    found = pretrain.energies_of_elements(config(tmp_path), structures[1:], quiet=True)
+    assert found == {11: 11.0}
+    assert pretrain.energies_of_elements(config(tmp_path), [], quiet=True) == {}
+
+
 def test_what_occurs_downstream_is_left_out_and_listed(called, tmp_path):
     all_of_it = pretrain.taught_set(config(tmp_path, copies=0), quiet=True)
     less = pretrain.taught_set(config(tmp_path, copies=0, leave_out="demo_gap"), quiet=True)
     gone = {name for name, why in less.skipped if why == "occurs before: in demo_gap"}
     assert {name for name in all_of_it.crystals.ids if name.startswith("demo_gap")} <= gone
     assert set(less.crystals.ids) == set(all_of_it.crystals.ids) - gone
+
+
+def test_a_table_of_tasks_adds_to_the_downstream_ones(called, tmp_path, monkeypatch):
+    own = {"mine": {"data": "mine.json", "target_column": "y", "role": "downstream"}, "other": {"data": "other.json"}}
+    (tmp_path / "tasks.json").write_text(json.dumps(own))
+    asked = []
+
+    def without_data(name, *_):
+        asked.append(name)
+        raise MissingError("not here")
+
+    monkeypatch.setattr(pretrain, "get_task", without_data)
+    pretrain.left_out(config(tmp_path, leave_out="downstream", data="", tasks=str(tmp_path / "tasks.json")))
+    assert {"mine", "mp_eps_total", "expt_eform"} <= set(asked) and "other" not in asked
 
 
 def test_theta_0_says_which_compounds_it_was_taught(called, tmp_path):
