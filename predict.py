@@ -31,7 +31,7 @@ import numpy as np
 import hub
 from card import physical_unit
 from conformal import CALIBRATION, NEIGHBOURS, difficulty, distance, interval, percentile, read_neighbours
-from crystals import SYMBOLS, Crystals, NoneUsable, from_structures, load_crystals, unique
+from crystals import SYMBOLS, Crystals, NoneUsable, from_structures, load_crystals, subset, unique
 from data import GraphConfig, GraphDataset
 from evaluate import FOLDED
 from model import PropertyModel
@@ -272,6 +272,11 @@ def run(cfg):
         crystals, skipped = read_inputs(cfg, card, cache)
     warn_unseen(crystals, [card for _, card in models])
     labels, X = predict_all(models, crystals, cfg)
+    finite = np.isfinite(physical(models, labels)).all(axis=0)
+    skipped += [(i, "the prediction is not finite") for i, good in zip(crystals.ids, finite) if not good]
+    if not finite.any():
+        raise UserError(f"none of the predictions of {', '.join(map(str, cfg.model))} is finite; train it again")
+    crystals, labels, X = subset(crystals, np.flatnonzero(finite)), labels[:, finite], [x[finite] for x in X]
     found, folders, unit = physical(models, labels), model_folders(cfg.model), physical_unit(card)
     y = found.mean(axis=0)
     ends, d = trust(cfg, folders, models, y, X)
@@ -279,10 +284,7 @@ def run(cfg):
     columns |= {"spread": found.std(axis=0)} if len(models) > 1 else {}
     head = ["id", *(f"{c} ({unit})" if unit else c for c in columns), *ends, "unseen_elements"]
     unseen = [" ".join(SYMBOLS[z] for z in Z) for Z in unseen_elements(crystals, [card for _, card in models])]
-    finite = np.isfinite(y)
-    skipped += [(i, "the prediction is not finite") for i, good in zip(crystals.ids, finite) if not good]
-    values = zip(crystals.ids, *(x.tolist() for x in (columns | ends).values()), unseen, finite)
-    rows = [row for *row, good in values if good]
+    rows = list(zip(crystals.ids, *(x.tolist() for x in (columns | ends).values()), unseen, strict=True))
     check_output(output)  # again: it may have changed meanwhile
     with whole_folder(output, replace=True) as part:
         write_text(part / "predictions.csv", csv_text(head, rows))

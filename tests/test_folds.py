@@ -145,6 +145,35 @@ def test_predict_takes_the_models_of_the_folds_together(folded, home, tmp_path, 
     assert [h.split()[0] for h in table(tmp_path / "p")["id"]] == ["prediction", "spread", *head[4:]]
 
 
+def test_a_crystal_without_a_finite_prediction_is_listed_and_the_others_keep_theirs(folded, home, tmp_path, monkeypatch):
+    cfg, _ = folded
+    crystals, predict_batches = prepare(home.modules, preset("tiny"))[0], predict.predict_batches
+    write_structures(tmp_path / "new", crystals, range(4))
+    asked = predict.Config(inputs=[str(tmp_path / "new")], model=(cfg.output,), output=str(tmp_path / "p"), next=2)
+    predict.run(asked)
+    whole = table(tmp_path / "p")
+    broken = []
+
+    def with_nan(*args, **kwargs):
+        index, y, prediction, X = predict_batches(*args, **kwargs)
+        for x in (prediction, X):
+            x[broken] = np.nan
+        return index, y, prediction, X
+
+    monkeypatch.setattr(predict, "predict_batches", with_nan)
+    broken.append(2)
+    done = predict.run(asked)
+    assert (done["rows"], done["skipped"], done["exit_code"]) == (3, 1, 1)
+    skipped = (tmp_path / "p/skipped.csv").read_text()
+    left = table(tmp_path / "p")
+    (lost,) = whole.keys() - left.keys()
+    assert f"{lost},the prediction is not finite" in skipped and left == {i: whole[i] for i in left}
+    assert lost not in {r["id"] for r in read(tmp_path / "p/next.csv")}
+    broken.extend(range(4))
+    with pytest.raises(UserError, match="none of the predictions of .* is finite"):
+        predict.run(asked)
+
+
 def test_a_finished_run_of_folds_is_kept_and_another_is_refused(folded, tmp_path):
     cfg, metrics = folded
     before = (finetune.output_path(cfg.output) / "folds.json").stat().st_mtime_ns
