@@ -21,7 +21,7 @@ from files import UserError, short
 class Preset(NamedTuple):
     """One size of a backbone: constructor arguments, graphs, and defaults of the stages that train it.
 
-    training: {"pretrain": {"lr", "epochs"}, "full": {"lr"}, "adapter": {"lr"}, "finetune": {"lr"}}
+    training: {stage: {"lr"}}, of pretrain also "epochs"; the stages are those of `training_defaults`.
     """
 
     arch: dict
@@ -36,10 +36,12 @@ def training(epochs, **rates):
     return stages
 
 
-# JMP-L's; its 2 epochs are of 120 million structures. Small nets bear and need larger steps.
-PAPER = training(pretrain=3e-4, epochs=2, full=5e-4, adapter=5e-4, finetune=8e-5)
-FOR_SMALL = training(pretrain=2e-3, epochs=40, full=5e-4, adapter=2e-3, finetune=1e-3)
-FOR_TINY = training(pretrain=5e-3, epochs=20, full=2e-3, adapter=2e-3, finetune=1e-3)
+# JMP-L's; its 2 epochs are of 120 million structures. Small nets bear and need larger steps, adapters larger ones yet.
+PAPER = training(pretrain=3e-4, epochs=2, full=5e-4, adapter=5e-4, finetune=8e-5, finetune_adapter=8e-5, scratch=8e-5)
+FOR_SMALL = training(pretrain=2e-3, epochs=40, full=5e-4, adapter=2e-3, finetune=3e-4, finetune_adapter=3e-3,
+                     scratch=1e-3)  # fmt: skip
+FOR_TINY = training(pretrain=5e-3, epochs=20, full=2e-3, adapter=2e-3, finetune=1e-3, finetune_adapter=1e-3,
+                    scratch=1e-3)  # fmt: skip
 
 GEMNET = dict(  # JMP-S
     num_elements=120, num_radial=128, num_spherical=7, num_blocks=4, emb_size_atom=256, emb_size_edge=512,
@@ -96,7 +98,7 @@ def preset(name, backbone="gemnet_oc", graph=None, **overrides):
 def training_defaults(arch, stage):
     """{"lr": ...}, of pretrain {"lr": ..., "epochs": ...}: the preset's; the paper's where arch names none.
 
-    stage: pretrain, full, adapter or finetune.
+    stage: pretrain, full, adapter, finetune (of a full module), finetune_adapter, scratch (fine-tuning from nothing).
     """
     known = PRESETS.get(arch["backbone"], {}).get(arch["preset"])
     return dict((known.training if known else PAPER)[stage])

@@ -278,7 +278,8 @@ def take_over(cfg, origin):
 
 def settled(cfg, origin):
     """The settings with what depends on the start."""
-    lr = cfg.lr or training_defaults(origin.card["architecture"], "finetune")["lr"]
+    stage = "finetune_adapter" if origin.kind == "adapter" else "finetune" if origin.path else "scratch"
+    lr = cfg.lr or training_defaults(origin.card["architecture"], stage)["lr"]
     return replace(cfg, kind=origin.kind, lr=lr)
 
 

@@ -179,7 +179,7 @@ def test_every_preset_is_accepted_and_has_the_same_arguments_and_training_for_ev
         M.check_architecture(arch)
         like = next(iter(M.PRESETS[name].values())).arch
         assert {k: type(v) for k, v in preset.arch.items()} == {k: type(v) for k, v in like.items()}
-        for stage in ("pretrain", "full", "adapter", "finetune"):
+        for stage in ("pretrain", "full", "adapter", "finetune", "finetune_adapter", "scratch"):
             defaults = M.training_defaults(arch, stage)
             assert 0 < defaults["lr"] < 0.1 and ("epochs" in defaults) == (stage == "pretrain")
 
