@@ -21,6 +21,8 @@ COMMANDS = sorted(set(re.findall(r"python ((?:tests/)?\w+\.py)((?: [^\n`#|]+)?)"
 STAGES = """
 import json, os, sys
 import compose, finetune, hub, predict, pretrain, train_module, demo
+for task in demo.TASKS.values():
+    task["n"] = 60  # quicker to make
 shared = dict(data="demo", limit=24, quiet=True, cache="cache")
 pretrain.run(pretrain.Config(**shared, sets="demo_forcefield", preset="tiny", backbone="schnet", epochs=1, batch_size=8))
 for kind in ("full", "adapter"):

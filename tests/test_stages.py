@@ -84,9 +84,9 @@ def test_every_stage_repeats_itself_from_its_config_file(home, tmp_path):
 def test_composition_prefers_the_module_that_shares_the_physics(tmp_path):
     """The optical gap is the band gap less a binding energy; neither volume nor the Madelung energy says as much."""
     shared = {"data": "demo", "hub": str(tmp_path / "hub"), "cache": str(tmp_path / "cache"), "quiet": True}
-    pretrain.run(pretrain.Config(**shared, sets="demo_forcefield", limit=300, epochs=2, preset="tiny"))
+    pretrain.run(pretrain.Config(**shared, sets="demo_forcefield", limit=150, epochs=2, preset="tiny"))
     for task in ("demo_gap", "demo_volume", "demo_ewald"):
-        tm.run(tm.Config(**shared, task=task, limit=500, epochs=6))
+        tm.run(tm.Config(**shared, task=task, limit=250, epochs=5))
     found = compose.run(compose.Config(**shared, task="demo_optical_gap", bootstrap=0, output=str(tmp_path / "composed")))
     weights = {name: module["weight"] for name, module in found["modules"].items()}
     assert weights["demo_gap"] > 0.5, weights
