@@ -69,7 +69,7 @@ HELD_OUT  ?= 0.1
 hub_tasks  = $(or $(TASKS),$(if $(filter hub,$(HUB)),$(SHIPPED)))
 names      = $(shell sed -n 's/^ "\([^"]*\)".*/\1/p' $(SHIPPED) | tr A-Z a-z)
 HUB_TASKS ?= $(if $(filter $(SHIPPED),$(hub_tasks)),$(names),$(PAPERS_HUB))
-pretrain   = $(if $(SETS),--sets $(SETS),--teacher chgnet --limit 12000 --epochs 6 --num-workers 2)
+pretrain   = $(if $(SETS),--sets $(SETS),--teacher chgnet --limit 12000 --epochs 8 --num-workers 2)
 
 # torchrun is in the virtual environment
 $(HUB)/%/module.json finetune: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
