@@ -73,6 +73,7 @@ class Config(CommonConfig):
     edge_dropout: Annotated[float, Range(0, 0.9)] = 0.1  # of --sets
     force_weight: str = "1"  # against the energy per atom; one number, or one a set
     energy_weight: Above = 0.3  # of a teacher's energies, against its features
+    teacher_force_weight: Annotated[float, Range(0)] = 0.0  # of its forces, small without --copies; 0: none
     temperature: Annotated[float, Range(1)] = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: Above = 30.0  # leave out structures with a larger force on an atom, eV/A
     max_energy: Above = 15.0  # and with a residual energy beyond so many spreads
@@ -143,8 +144,8 @@ def run(cfg):
 
 
 SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_atoms", "lr", "weight_decay",
-            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "temperature", "max_force",
-            "max_energy", "bf16")  # fmt: skip
+            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "teacher_force_weight",
+            "temperature", "max_force", "max_energy", "bf16")  # fmt: skip
 
 
 TAUGHT = ("limit", "taught", "copies", "leave_out")  # for the card; the record has the rows' fingerprints
@@ -374,6 +375,8 @@ def load_sets(cfg, arch):
             s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
             s.force_weight, s.public = float(weight), is_public(task)
         sets[task.name] = s
+    if cfg.teacher_force_weight and shapes_only(with_force_branch(arch)).edge_width is None:
+        raise UserError(f"--teacher-force-weight: {arch['backbone']} has no features of edges for forces; leave it out")
     if cfg.teacher:
         for _ in first_process_first():
             sets[cfg.teacher] = s = taught_set(cfg, quiet)
@@ -413,17 +416,18 @@ def taught_set(cfg, quiet):
                  pooling="sum", license="; ".join(sorted(licenses - {""})))  # fmt: skip
     crystals = Crystals(about, list(ids), Z, pos, cell, np.array([np.any(c) for c in cell]), np.zeros(len(ids)),
                         np.arange(len(ids)), skipped=skipped)  # fmt: skip
-    labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet)
+    labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet, forces=cfg.teacher_force_weight > 0)
     good = np.array([not isinstance(x, str) for x in labels])
     skipped += [(ids[i], labels[i]) for i in np.flatnonzero(~good)]
     if not good.any():
         why = count_reasons(x for x in labels if isinstance(x, str))
         raise UserError(f"--taught {cfg.taught}: {cfg.teacher} can label none of {len(ids)} crystals ({why})")
-    energy, features = zip(*(labels[i] for i in np.flatnonzero(good)), strict=True)
-    crystals = replace(subset(crystals, np.flatnonzero(good)), y=np.array(energy), teacher=list(features), fingerprint="")
+    energy, features, *forces = map(list, zip(*(labels[i] for i in np.flatnonzero(good)), strict=True))
+    crystals = replace(subset(crystals, np.flatnonzero(good)), y=np.array(energy), teacher=features, fingerprint="")
+    crystals.forces = forces[0] if forces else None
     say(cfg, f"  {cfg.teacher}: {len(kept)} compounds, {len(crystals)} crystals with copies; {len(skipped)} left out")
     s = normalise(cfg.teacher, crystals, cfg, group[good], energies_of_elements(cfg, alone, quiet))
-    s.energy_weight, s.public = cfg.energy_weight, all(map(is_public, tasks))
+    s.energy_weight, s.force_weight, s.public = cfg.energy_weight, cfg.teacher_force_weight, all(map(is_public, tasks))
     s.compounds = [compound[s.crystals.ids[i].split(", copy ")[0]] for i in s.train]
     return s
 

@@ -2,8 +2,9 @@
 
     labels = teach("chgnet", crystals)  # [(energy in eV, features (A, C)) or the reason why there are none]
 
-A teacher is one function, structures -> (energy, features of the atoms) of each; another is one more entry of TEACHERS.
-It is needed to train theta_0 and never to use it. A: atoms. C: the teacher's features of an atom. M: crystals.
+A teacher is one function, structures -> (energy, features of the atoms), and forces (A, 3) in eV/A where they are asked
+for, of each; another is one more entry of TEACHERS. It is needed to train theta_0 and never to use it. A: atoms. C: the
+teacher's features of an atom. M: crystals.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ PART = 256  # crystals whose labels are kept together: what an interrupted run c
 
 
 class Teacher(NamedTuple):
-    label: callable  # [(Z, pos, cell)] -> [(energy, features) or a reason], in order
+    label: callable  # [(Z, pos, cell)], whether forces are wanted -> [(energy, features[, forces]) or a reason], in order
     name: str  # and version: labels of another version are others
     license: str  # of its weights
 
@@ -38,8 +39,8 @@ def load_chgnet():
         return CHGNet.load(use_device="cpu", verbose=False).eval()
 
 
-def chgnet(structures):
-    """CHGNet 0.3.0 (Deng et al. 2023): its energy, and the 64 features of an atom before the readout."""
+def chgnet(structures, forces=False):
+    """CHGNet 0.3.0 (Deng et al. 2023): its energy, and the 64 features of an atom before the readout; its forces."""
     import torch
     from pymatgen.core import Structure
 
@@ -53,48 +54,53 @@ def chgnet(structures):
             found[i] = f"teacher: {error}"
     order = sorted(graphs, key=lambda i: len(structures[i][0]))
     for some in (order[k : k + 16] for k in range(0, len(order), 16)):
-        with torch.no_grad():
-            out = model([graphs[i] for i in some], task="e", return_atom_feas=True)
-        for i, energy, features in zip(some, out["e"].tolist(), out["atom_fea"], strict=True):
-            found[i] = energy * len(features), features.numpy()
+        with torch.set_grad_enabled(forces):  # forces are derivatives
+            out = model([graphs[i] for i in some], task="ef" if forces else "e", return_atom_feas=True)
+        parts = [out["e"].tolist(), out["atom_fea"], *([out["f"]] if forces else [])]
+        for i, energy, features, *more in zip(some, *parts, strict=True):
+            found[i] = energy * len(features), *(x.detach().numpy() for x in (features, *more))
     return found
 
 
 TEACHERS = {"chgnet": Teacher(chgnet, "CHGNet 0.3.0", "Modified BSD (CHGNet)")}
 
 
-def teach(name, crystals, cache_dir="", num_workers=0, quiet=False) -> list:
-    """The teacher's labels of every crystal, in order: (energy in eV, features (A, C) float16), or the reason why not.
+def teach(name, crystals, cache_dir="", num_workers=0, quiet=False, forces=False) -> list:
+    """The teacher's labels of every crystal, in order, or the reason why it has none: (energy in eV, features (A, C)
+    float16) and, if they are asked for, forces (A, 3) in eV/A.
 
     Through the cache, part by part. num_workers: processes that label parts at the same time.
     """
     structures = list(zip(crystals.Z, crystals.pos, crystals.cell))
     parts = [structures[i : i + PART] for i in range(0, len(structures), PART)]
-    label = partial(label_part, name, cache_dir)
+    label = partial(label_part, name, cache_dir, forces)
     folders = DataLoader(parts, batch_size=None, collate_fn=label, num_workers=num_workers)
     found = []
     for folder in progress(folders, f"labels of {name}", quiet, len(parts)):
         with np.load(folder / "labels.npz") as saved:
-            features = np.split(saved["features"], np.cumsum(saved["count"])[:-1])
-            labels = zip(saved["energy"].tolist(), features, saved["reason"].tolist(), strict=True)
-            found += [why or (energy, x) for energy, x, why in labels]
+            ends = np.cumsum(saved["count"])[:-1]
+            of_atoms = [np.split(saved[k], ends) for k in ("features", "forces") if k in saved]
+            labels = zip(saved["energy"].tolist(), *of_atoms, saved["reason"].tolist(), strict=True)
+            found += [why or tuple(label) for *label, why in labels]
     return found
 
 
-def label_part(name, cache_dir, part):
+def label_part(name, cache_dir, forces, part):
     """The cached folder of the labels of some structures; made if it is missing."""
     teacher = TEACHERS[name]
-    key = hashlib.sha256("\n".join([teacher.name, *(structure_hash(*s) for s in part)]).encode()).hexdigest()[:24]
+    parts = [teacher.name, *["with forces"] * forces, *(structure_hash(*s) for s in part)]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
     def build(folder):
-        found = teacher.label(part)
+        found = teacher.label(part, forces)
         reasons = [x if isinstance(x, str) else "" for x in found]
         width = next((x[1].shape[1] for x in found if not isinstance(x, str)), 0)
-        none = np.nan, np.zeros((0, width))
-        energies, features = zip(*(none if why else x for x, why in zip(found, reasons)), strict=True)
+        none = np.nan, np.zeros((0, width)), np.zeros((0, 3))
+        energies, features, *more = zip(*(none[: 2 + forces] if why else x for x, why in zip(found, reasons)), strict=True)
         np.savez(
             folder / "labels.npz", energy=np.array(energies), features=np.concatenate(features).astype(np.float16),
             count=[len(x) for x in features], reason=np.array(reasons),
+            **({"forces": np.concatenate(*more).astype(np.float32)} if forces else {}),
         )  # fmt: skip
 
     return cached_folder(cache_folder(cache_dir) / f"teacher-{key}", build)

@@ -25,13 +25,14 @@ def called(monkeypatch):
     """In CHGNet's place a teacher that knows the atomic number and the volume per atom. Returns the calls' sizes."""
     calls = []
 
-    def label(structures):
+    def label(structures, forces=False):
         calls.append(len(structures))
         volumes = [abs(np.linalg.det(cell)) / len(Z) for Z, _, cell in structures]
         return [
-            (float(sum(Z)), np.column_stack([Z, np.full(len(Z), v)]).astype(np.float32)) if v else "teacher: a molecule"
-            for (Z, _, _), v in zip(structures, volumes, strict=True)
-        ]
+            (float(sum(Z)), np.column_stack([Z, np.full(len(Z), v)]).astype(np.float32), *[0.1 * pos] * forces)
+            if v else "teacher: a molecule"
+            for (Z, pos, _), v in zip(structures, volumes, strict=True)
+        ]  # fmt: skip
 
     monkeypatch.setitem(teachers.TEACHERS, "chgnet", Teacher(label, "a teacher 1", "MIT (a teacher)"))
     for name in ("demo_volume", "demo_gap", "demo_optical_gap"):
@@ -71,6 +72,15 @@ def test_labels_are_computed_once_and_an_interrupted_run_keeps_the_parts_it_has(
     assert called == [2, 1]
 
 
+def test_forces_come_where_they_are_asked_for(called):
+    water = np.array([8, 1, 1]), np.eye(3), np.zeros((3, 3))
+    given = crystals([NACL, water, STO])
+    assert [len(x) for x in teach("chgnet", given, quiet=True)[::2]] == [2, 2]
+    found = teach("chgnet", given, quiet=True, forces=True)
+    assert found[1] == "teacher: a molecule" and called == [3, 3]  # other labels, other parts of the cache
+    np.testing.assert_allclose(found[2][2], 0.1 * STO[1], rtol=1e-6)
+
+
 def test_labels_of_another_version_are_others(called, monkeypatch):
     teach("chgnet", crystals([NACL]), quiet=True)
     monkeypatch.setitem(teachers.TEACHERS, "chgnet", teachers.TEACHERS["chgnet"]._replace(name="a teacher 2"))
@@ -89,12 +99,19 @@ def test_chgnet_itself():
     """Rotated alike, and below the free atoms (PBE: about -7 eV for the pair)."""
     pytest.importorskip("chgnet", reason="the teacher is optional: make teacher")
     Z, pos, cell = NACL
+    pos = pos + np.array([[0.1, 0.05, 0], [0, 0, 0]])
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     one, two, none = teachers.chgnet([(Z, pos, cell), (Z, pos @ turn, cell @ turn), (Z, pos, cell * 0)])
     assert one[0] == pytest.approx(-7, abs=0.5) and one[1].shape == (2, 64)
     assert two[0] == pytest.approx(one[0], abs=1e-3)
     np.testing.assert_allclose(one[1], two[1], atol=1e-3)
     assert none == "teacher: a molecule"
+    energy, _, forces = teachers.chgnet([(Z, pos, cell)], forces=True)[0]
+    h = np.zeros((2, 3))
+    h[0, 0] = 0.01
+    up, down = (x[0] for x in teachers.chgnet([(Z, pos + h, cell), (Z, pos - h, cell)]))
+    assert energy == pytest.approx(one[0], abs=1e-4) and forces.sum(axis=0) == pytest.approx(0, abs=1e-3)
+    assert forces[0, 0] == pytest.approx((down - up) / 0.02, abs=0.05) and forces[0, 0] < -0.1
 
 
 def test_distorted_copies_are_near_all_different_and_always_the_same():
@@ -121,6 +138,17 @@ def test_distillation_lowers_the_error_of_the_features_and_the_card_says_from_wh
     assert card["license_data"] == "MIT; MIT (a teacher)" and card["dataset"] == "demo_volume, demo_gap"
     assert card["training"]["sets"]["chgnet"]["val_mae_features"] == pytest.approx(last, rel=1e-4)
     assert hub.load_module(tmp_path / "hub/backbone").backbone.width  # the plain backbone, without the teacher's layer
+
+
+def test_a_teachers_forces_are_learnt_with_a_head_of_their_own(called, tmp_path):
+    card = pretrain.run(config(tmp_path, copies=1, teacher_force_weight=0.5))
+    about = card["training"]["sets"]["chgnet"]
+    assert about["val_mae_mev_per_angstrom"] > 0 and about["force_weight"] == 0.5
+    s = pretrain.taught_set(config(tmp_path, copies=1, teacher_force_weight=0.5), quiet=True)
+    i = s.train[0]
+    np.testing.assert_allclose(s.crystals.forces[i] * s.force_scale, 0.1 * s.crystals.pos[i], rtol=1e-5, atol=1e-6)
+    with pytest.raises(pretrain.UserError, match="--teacher-force-weight: cgcnn has no features of edges"):
+        pretrain.run(config(tmp_path, backbone="cgcnn", teacher_force_weight=0.5))
 
 
 def test_both_recipes_together(called, tmp_path, monkeypatch):
