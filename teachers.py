@@ -24,7 +24,7 @@ PART = 256  # crystals whose labels are kept together: what an interrupted run c
 
 
 class Teacher(NamedTuple):
-    label: callable  # [(Z, pos, cell)], whether forces are wanted -> [(energy, features[, forces]) or a reason], in order
+    label: callable  # [(Z, pos, cell)], forces=False -> [(energy, features[, forces]) or a reason], in order
     name: str  # and version: labels of another version are others
     license: str  # of its weights
 
@@ -96,7 +96,8 @@ def label_part(name, cache_dir, forces, part):
         reasons = [x if isinstance(x, str) else "" for x in found]
         width = next((x[1].shape[1] for x in found if not isinstance(x, str)), 0)
         none = np.nan, np.zeros((0, width)), np.zeros((0, 3))
-        energies, features, *more = zip(*(none[: 2 + forces] if why else x for x, why in zip(found, reasons)), strict=True)
+        labels = [none[: 2 + forces] if why else x for x, why in zip(found, reasons, strict=True)]
+        energies, features, *more = zip(*labels, strict=True)
         np.savez(
             folder / "labels.npz", energy=np.array(energies), features=np.concatenate(features).astype(np.float16),
             count=[len(x) for x in features], reason=np.array(reasons),
