@@ -48,7 +48,7 @@ EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "
 class Config(CommonConfig):
     sets: str = ""  # tasks or files with energies: a,b,c
     teacher: Literal["", *TEACHERS] = ""  # the potential that labels the crystals of --taught
-    taught: str = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # or files
+    taught: str = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # tasks, files
     copies: Whole = 0  # strained and displaced copies of each of these crystals
     leave_out: str = "downstream"  # what occurs in these tasks: a,b,c, or all downstream ones, or none
     data: str = ""  # "demo": the embedded crystals
