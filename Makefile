@@ -101,31 +101,40 @@ predict: setup
 
 DEMO        = runs/demo
 DEMO_EPOCHS ?= 10
+# a sixth of the default's epochs, hence larger steps
+quick       = --epochs $(DEMO_EPOCHS) --lr 1e-3
 first       = full/mp_eps_total/seed0
 # with other settings than before: make demo ARGS=--overwrite
 
 # one thread: small nets gain little from a second, and lose much beside other programs
 demo: export OMP_NUM_THREADS = 1
+demo: export PYTHONUNBUFFERED = 1
 demo: | $(VENV)/done
 	@echo "--- the hub: modules that were trained from one theta_0"
 	$(PY) hub.py list --hub $(HUB)
-	@echo "--- stage 2a: compose the modules that help to predict dielectric constants"
-	$(PY) compose.py --task dielectric --hub $(HUB) --output $(DEMO)/composed/$(first) $(ARGS)
-	@echo "--- stage 2b: fine-tune, $(DEMO_EPOCHS) epochs"
-	$(PY) finetune.py --task dielectric --hub $(HUB) --init $(DEMO)/composed/$(first) --output $(DEMO)/moma-$(first) \
-	    --epochs $(DEMO_EPOCHS) --no-compare --resume $(ARGS)
-	@echo "--- two more splits, and the same rows for theta_0 without modules and for Magpie trees: two processes"
-	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory -j2 demo-moma-full demo-theta0 demo-magpie
+	@mkdir -p $(DEMO)
+	@$(MAKE) --no-print-directory -j2 demo-compose demo-others
 	@$(PY) benchmark.py --table --output $(DEMO)
 	@echo "--- two crystals: CaF2 is in the table (8.06, validation row of this split), MgO is not (measured: 9.8)"
 	$(PY) predict.py --model $(DEMO)/moma-$(first) examples --output $(DEMO)/predictions
 	@cat $(DEMO)/predictions/predictions.csv
 	@echo "plots: $(DEMO)/composed/$(first)/weights.png $(DEMO)/moma-$(first)/parity.png $(DEMO)/heat_map_full.png"
 
-demo-%: | $(VENV)/done
-	@mkdir -p $(DEMO)
-	@$(PY) benchmark.py --task dielectric --methods $* --hub $(HUB) --epochs $(DEMO_EPOCHS) --output $(DEMO) \
-	    --quiet $(ARGS) | tee $(DEMO)/$*.log | grep --line-buffered 'seed[0-9]*$$'
+demo-compose:
+	@echo "--- stage 2a: compose the modules that help to predict dielectric constants"
+	$(PY) compose.py --task dielectric --hub $(HUB) --output $(DEMO)/composed/$(first) $(ARGS)
+	@echo "--- stage 2b: fine-tune, $(DEMO_EPOCHS) epochs; then two more splits"
+	$(PY) finetune.py --task dielectric --hub $(HUB) --init $(DEMO)/composed/$(first) --output $(DEMO)/moma-$(first) \
+	    $(quick) --resume $(ARGS)
+	@$(demo_run) moma-full $(demo_lines)
+
+# at the same time, in a second process: without modules, and without networks
+demo-others:
+	@$(demo_run) theta0 $(demo_lines)
+	@$(demo_run) magpie $(demo_lines)
+
+demo_run   = $(PY) benchmark.py --task dielectric --hub $(HUB) $(quick) --output $(DEMO) --quiet $(ARGS) --methods
+demo_lines = | grep --line-buffered 'seed[0-9]*$$'
 
 # ------------------------------------------ every stage from nothing: embedded crystals (toy labels, not DFT), minutes
 
@@ -184,4 +193,4 @@ results-%: | $(VENV)/done
 clean:
 	rm -rf $(DEMO) $(ZERO) .cache .pytest_cache
 
-.PHONY: help setup teacher test demo from-zero from-zero-random backbone hub compose finetune predict results clean
+.PHONY: help setup teacher test demo demo-compose demo-others from-zero from-zero-random backbone hub compose finetune predict results clean

@@ -133,7 +133,7 @@ def one_run(cfg, method, task, name, seed):
     elif method in ("scratch", "cgcnn"):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
-    run = dict(folds=0, compare=False, output=str(folder), resume=True)
+    run = dict(folds=0, compare=method.startswith("moma-"), output=str(folder), resume=True)
     finetune.run(finetune.Config(**shared, **how, **budget, **run))
 
 
