@@ -41,6 +41,7 @@ from tasks import Task, get_task, task_names, unit_of
 from teachers import TEACHERS, distorted, teach
 from train_module import EPOCH_SEED, finished, fit, is_public, loader, set_checkpointing, tensors_of
 
+TABLES = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # open to all
 EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}
 
 
@@ -48,9 +49,9 @@ EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "
 class Config(CommonConfig):
     sets: str = ""  # tasks or files with energies: a,b,c
     teacher: Literal["", *TEACHERS] = ""  # the potential that labels the crystals of --taught
-    taught: str = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # tasks, files
+    taught: str = ""  # tasks, files; no label is used [the tables of the shipped hub]
     copies: Whole = 0  # strained and displaced copies of each of these crystals
-    leave_out: str = "downstream"  # what occurs in these tasks: a,b,c, or all downstream ones, or none
+    leave_out: str = "downstream"  # what occurs in these tasks: a,b,c; "none"
     data: str = ""  # "demo": the embedded crystals
     tasks: str = ""  # JSON file with more tasks
     limit: Whole = 0  # use this many random rows of each set; 0: all
@@ -73,7 +74,7 @@ class Config(CommonConfig):
     edge_dropout: Annotated[float, Range(0, 0.9)] = 0.1  # of --sets
     force_weight: str = "1"  # against the energy per atom; one number, or one a set
     energy_weight: Above = 0.3  # of a teacher's energies, against its features
-    teacher_force_weight: Annotated[float, Range(0)] = 0.0  # of its forces, small without --copies; 0: none
+    teacher_forces: Annotated[float, Range(0)] = 0.0  # weight of its forces; small without --copies
     temperature: Annotated[float, Range(1)] = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: Above = 30.0  # leave out structures with a larger force on an atom, eV/A
     max_energy: Above = 15.0  # and with a residual energy beyond so many spreads
@@ -95,7 +96,7 @@ def run(cfg):
     folder = work_folder(target)
     arch = preset(cfg.preset, backbone=cfg.backbone)
     defaults = training_defaults(arch, "pretrain")
-    cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"])
+    cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"], taught=cfg.taught or TABLES)
     sets = load_sets(cfg, arch)
     record = {"sets": {s.name: s.crystals.fingerprint for s in sets.values()}, "architecture": arch}
     record |= {k: getattr(cfg, k) for k in SETTINGS} | {"teacher": cfg.teacher and TEACHERS[cfg.teacher].name}
@@ -144,7 +145,7 @@ def run(cfg):
 
 
 SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_atoms", "lr", "weight_decay",
-            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "teacher_force_weight",
+            "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "teacher_forces",
             "temperature", "max_force", "max_energy", "bf16")  # fmt: skip
 
 
@@ -375,8 +376,8 @@ def load_sets(cfg, arch):
             s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
             s.force_weight, s.public = float(weight), is_public(task)
         sets[task.name] = s
-    if cfg.teacher_force_weight and shapes_only(with_force_branch(arch)).edge_width is None:
-        raise UserError(f"--teacher-force-weight: {arch['backbone']} has no features of edges for forces; leave it out")
+    if cfg.teacher_forces and shapes_only(with_force_branch(arch)).edge_width is None:
+        raise UserError(f"--teacher-forces: {arch['backbone']} has no features of edges for forces; leave it out")
     if cfg.teacher:
         for _ in first_process_first():
             sets[cfg.teacher] = s = taught_set(cfg, quiet)
@@ -416,7 +417,7 @@ def taught_set(cfg, quiet):
                  pooling="sum", license="; ".join(sorted(licenses - {""})))  # fmt: skip
     crystals = Crystals(about, list(ids), Z, pos, cell, np.array([np.any(c) for c in cell]), np.zeros(len(ids)),
                         np.arange(len(ids)), skipped=skipped)  # fmt: skip
-    labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet, forces=cfg.teacher_force_weight > 0)
+    labels = teach(cfg.teacher, crystals, cfg.cache, cfg.num_workers, quiet, forces=cfg.teacher_forces > 0)
     good = np.array([not isinstance(x, str) for x in labels])
     skipped += [(ids[i], labels[i]) for i in np.flatnonzero(~good)]
     if not good.any():
@@ -427,7 +428,7 @@ def taught_set(cfg, quiet):
     crystals.forces = forces[0] if forces else None
     say(cfg, f"  {cfg.teacher}: {len(kept)} compounds, {len(crystals)} crystals with copies; {len(skipped)} left out")
     s = normalise(cfg.teacher, crystals, cfg, group[good], energies_of_elements(cfg, alone, quiet))
-    s.energy_weight, s.force_weight, s.public = cfg.energy_weight, cfg.teacher_force_weight, all(map(is_public, tasks))
+    s.energy_weight, s.force_weight, s.public = cfg.energy_weight, cfg.teacher_forces, all(map(is_public, tasks))
     s.compounds = [compound[s.crystals.ids[i].split(", copy ")[0]] for i in s.train]
     return s
 

@@ -141,14 +141,14 @@ def test_distillation_lowers_the_error_of_the_features_and_the_card_says_from_wh
 
 
 def test_a_teachers_forces_are_learnt_with_a_head_of_their_own(called, tmp_path):
-    card = pretrain.run(config(tmp_path, copies=1, teacher_force_weight=0.5))
+    card = pretrain.run(config(tmp_path, copies=1, teacher_forces=0.5))
     about = card["training"]["sets"]["chgnet"]
     assert about["val_mae_mev_per_angstrom"] > 0 and about["force_weight"] == 0.5
-    s = pretrain.taught_set(config(tmp_path, copies=1, teacher_force_weight=0.5), quiet=True)
+    s = pretrain.taught_set(config(tmp_path, copies=1, teacher_forces=0.5), quiet=True)
     i = s.train[0]
     np.testing.assert_allclose(s.crystals.forces[i] * s.force_scale, 0.1 * s.crystals.pos[i], rtol=1e-5, atol=1e-6)
-    with pytest.raises(pretrain.UserError, match="--teacher-force-weight: cgcnn has no features of edges"):
-        pretrain.run(config(tmp_path, backbone="cgcnn", teacher_force_weight=0.5))
+    with pytest.raises(pretrain.UserError, match="--teacher-forces: cgcnn has no features of edges"):
+        pretrain.run(config(tmp_path, backbone="cgcnn", teacher_forces=0.5))
 
 
 def test_both_recipes_together(called, tmp_path, monkeypatch):
