@@ -133,7 +133,8 @@ def one_run(cfg, method, task, name, seed):
     elif method in ("scratch", "cgcnn"):
         how = dict(init="scratch", backbone="cgcnn" if method == "cgcnn" else "")
     budget = dict(epochs=cfg.epochs, patience=cfg.patience, batch_size=cfg.batch_size, lr=cfg.lr)
-    run = dict(folds=0, compare=method.startswith("moma-"), output=str(folder), resume=True)
+    verdict = method.startswith("moma-")  # in words, as finetune.py alone gives it, so its run is the same run
+    run = dict(folds=0, compare=verdict, output=str(folder), resume=True)
     finetune.run(finetune.Config(**shared, **how, **budget, **run))
 
 

@@ -6,7 +6,7 @@
 
 Two recipes, alone or together. --sets, JMP's: several sets at once (crystals, molecules; energies with or without
 forces), one energy and one force head each. --teacher, distillation: an open potential (teachers.py) labels the crystals
-of --taught with its energy and its features of every atom, which a linear layer on the atoms' representation learns.
+of --taught with its energy and its features of every atom; linear layers on the atoms' representation learn both.
 No label of those tables is used, and what occurs in --leave-out, the downstream tasks, is left out.
 
 With E the total energy of a structure in eV and N its number of atoms,  E = sum_z n_z r_z + sigma * (sum of the head's
@@ -41,7 +41,7 @@ from tasks import Task, get_task, task_names, unit_of
 from teachers import TEACHERS, distorted, teach
 from train_module import EPOCH_SEED, finished, fit, is_public, loader, set_checkpointing, tensors_of
 
-TABLES = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # open to all
+TABLES = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # of --taught
 EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}
 
 
@@ -49,7 +49,7 @@ EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "
 class Config(CommonConfig):
     sets: str = ""  # tasks or files with energies: a,b,c
     teacher: Literal["", *TEACHERS] = ""  # the potential that labels the crystals of --taught
-    taught: str = ""  # tasks, files; no label is used [the tables of the shipped hub]
+    taught: str = ""  # tasks, files; no label is used [seven open tables]
     copies: Whole = 0  # strained and displaced copies of each of these crystals
     leave_out: str = "downstream"  # what occurs in these tasks: a,b,c; "none"
     data: str = ""  # "demo": the embedded crystals
@@ -96,7 +96,8 @@ def run(cfg):
     folder = work_folder(target)
     arch = preset(cfg.preset, backbone=cfg.backbone)
     defaults = training_defaults(arch, "pretrain")
-    cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"], taught=cfg.taught or TABLES)
+    cfg = replace(cfg, lr=cfg.lr or defaults["lr"], epochs=cfg.epochs or defaults["epochs"])
+    cfg = replace(cfg, taught=(cfg.taught or TABLES) if cfg.teacher else "")
     sets = load_sets(cfg, arch)
     record = {"sets": {s.name: s.crystals.fingerprint for s in sets.values()}, "architecture": arch}
     record |= {k: getattr(cfg, k) for k in SETTINGS} | {"teacher": cfg.teacher and TEACHERS[cfg.teacher].name}
@@ -376,9 +377,9 @@ def load_sets(cfg, arch):
             s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
             s.force_weight, s.public = float(weight), is_public(task)
         sets[task.name] = s
-    if cfg.teacher_forces and shapes_only(with_force_branch(arch)).edge_width is None:
-        raise UserError(f"--teacher-forces: {arch['backbone']} has no features of edges for forces; leave it out")
     if cfg.teacher:
+        if cfg.teacher_forces and shapes_only(with_force_branch(arch)).edge_width is None:
+            raise UserError(f"--teacher-forces: {arch['backbone']} has no features of edges for forces; leave it out")
         for _ in first_process_first():
             sets[cfg.teacher] = s = taught_set(cfg, quiet)
             s.dataset = GraphDataset(s.crystals, GraphConfig(**arch["graph"]), cfg.cache, quiet)
@@ -535,7 +536,7 @@ def total_energies(name, crystals):
 def reference_residuals(crystals, energy, rows, elements=None):
     """References and what they leave over in all rows, per atom: (119,) eV and (M,) eV/atom.
 
-    They are fitted on `rows`; those of `elements` are known, and all are shifted by the median of the residual.
+    They are fitted on `rows`; those of `elements` are known, and then all are shifted by the median of the residual.
     """
     r = fit_references([crystals.Z[i] for i in rows], energy[rows])
     for z, e in (elements or {}).items():
