@@ -192,7 +192,7 @@ def flat(record, prefix="") -> dict:
 # ---------------------------------------------------------------- work folders
 
 LOCKS = {}  # {folder: open lock file} of this process, held until it ends
-LOG = []  # the open log.txt of the run
+LOG = []  # the open log.txt of the run, and of its fold
 
 
 def work_folder(result) -> Path:
@@ -230,8 +230,10 @@ def claim(folder, cfg, record):
         sweep(folder / file)
     settings = {"stage": stage_of(cfg), "version": VERSION, "record": record, **asdict(cfg)}
     write_json(folder / "config.json", settings)
-    while LOG:
-        LOG.pop().close()
+    for log in LOG:
+        if Path(log.name).parent not in folder.parents:  # a fold is part of its run, whose log goes on
+            log.close()
+    LOG[:] = [log for log in LOG if not log.closed]
     LOG.append(open(folder / "log.txt", "a", buffering=1))
 
 

@@ -18,7 +18,7 @@ import predict
 from crystals import duplicate_key, subset
 from files import MissingError, UserError
 from model import preset
-from stage import fold_rows, prepare, read_task
+from stage import fold_rows, prepare, read_task, work_folder
 
 
 def parts_of(folds):
@@ -73,6 +73,12 @@ def folded(home, tmp_path_factory):
     """A run of three folds, of 40 crystals."""
     cfg = replace(home.runs, folds=3, epochs=2, output=str(tmp_path_factory.mktemp("folds") / "run"))
     return cfg, finetune.run(cfg)
+
+
+def test_the_log_of_a_run_has_all_its_folds(folded):
+    cfg, _ = folded
+    log = (work_folder(cfg.output) / "log.txt").read_text()
+    assert [f"--- fold {k} of 3" in log for k in (1, 2, 3)] == [True] * 3 and log.count("epoch 2/2") == 3
 
 
 def read(path):
