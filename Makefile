@@ -24,10 +24,11 @@ PY      = $(VENV)/bin/python
 HUB    ?= hub
 KIND   ?= full
 PRESET ?= small
-TASK   ?= dielectric
+TASK   ?= $(if $(DATA),,dielectric)
 LAUNCH ?= $(PY)
 
 flags   = $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+task    = $(if $(TASK),--task $(TASK))
 epochs  = $(if $(EPOCHS),--epochs $(EPOCHS))
 suffix  = $(if $(filter adapter,$(KIND)),-adapter)
 
@@ -69,7 +70,8 @@ HELD_OUT  ?= 0.1
 hub_tasks  = $(or $(TASKS),$(if $(filter hub,$(HUB)),$(SHIPPED)))
 names      = $(shell sed -n 's/^ "\([^"]*\)".*/\1/p' $(SHIPPED) | tr A-Z a-z)
 HUB_TASKS ?= $(if $(filter $(SHIPPED),$(hub_tasks)),$(names),$(PAPERS_HUB))
-pretrain   = $(if $(SETS),--sets $(SETS),--teacher chgnet --limit 12000 --epochs 8 --num-workers 2)
+pretrain   = $(if $(SETS),--sets $(SETS),--teacher chgnet --limit 12000 --epochs 7 --batch-size 64 --max-atoms 2000 \
+                 --lr 2.5e-3 --num-workers 2)
 
 # torchrun is in the virtual environment
 $(HUB)/%/module.json finetune: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -87,12 +89,12 @@ $(HUB)/%/module.json: | $(HUB)/backbone/module.json
 hub: $(foreach t,$(HUB_TASKS),$(HUB)/$(t)$(suffix)/module.json)
 
 compose: setup
-	$(PY) compose.py --task $(TASK) --kind $(KIND) --hub $(HUB) $(flags)
+	$(PY) compose.py $(task) --kind $(KIND) --hub $(HUB) $(flags)
 
 finetune: setup
-	$(LAUNCH) finetune.py --task $(TASK) --hub $(HUB) --resume $(flags) $(epochs)
+	$(LAUNCH) finetune.py $(task) --hub $(HUB) --resume $(flags) $(epochs)
 
-MODEL ?= runs/$(TASK)
+MODEL ?= runs/$(or $(TASK),$(basename $(notdir $(DATA:/=))))
 INPUT ?= examples
 predict: setup
 	$(PY) predict.py --model $(MODEL) $(INPUT) $(ARGS)

@@ -437,10 +437,7 @@ def compose_for(cfg, cards, crystals, rows, embed):
     }
     better = [name for name in compared if means[name] < means["composed"]]
     other = min(better, key=means.get, default="")
-    own = [k for k in ("unit", "transform", "target_column", "pooling", "few_shot") if getattr(cfg, k)]
-    start = f"--init {other.replace('theta_0', 'backbone')}"  # which takes over no settings
-    start = " ".join([start, *(f"--{k.replace('_', '-')} {getattr(cfg, k)}" for k in own)])
-    alternative = f"{start}, error {means[other]:.3f}" if other else ""
+    alternative = f"{other}, error {means[other]:.3f}" if other else ""
     verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
     verdict.append(start_verdict(recommended, compared, means))
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
@@ -512,6 +509,9 @@ def notes(cfg, cards, crystals, D, errors):
         found.append("the composed module predicts these rows no better than their mean: expect little of a model")
     if not unique(D):
         found.append(f"the weights are not unique ({m} rows, {N} modules): others fit the training rows as well")
+    if crystals.task.pooling == "sum":
+        found.append("the labels are totals of a cell, which kNN estimates, trees and intervals take as they are: "
+                     "better give them per atom")  # fmt: skip
     if cfg.neighbors > m - 1:
         found.append(f"K={m - 1}, not {cfg.neighbors}: there are only {m} crystals")
     return found
@@ -551,7 +551,15 @@ def run_several(cfg):
         raise UserError(f"--task {cfg.task}: names no task")
     folder, results = Path(cfg.output or Path("runs") / "composed"), {}
     for name in names:
-        results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name.lower())))
+        try:
+            results[name] = run(replace(cfg, task=name, all=False, output=str(folder / name.lower())))
+        except UserError as error:
+            if not cfg.all:
+                raise
+            left_out.append(name)  # a table without structures, say: the others are composed
+            say(cfg, f"{name} left out: {error}")
+    if not results:
+        raise UserError(f"--all: none of {', '.join(left_out)} could be composed")
     picture = folder / "heat_map.png"
     draw_heat_map(results, picture)
     weights = {task: {name: x["weight"] for name, x in r["modules"].items()} for task, r in results.items()}
@@ -565,7 +573,7 @@ def downstream_tasks(cfg):
     here, left_out = [], []
     for name in task_names("downstream", cfg.tasks, cfg.data):
         try:
-            find_source(get_task(name, cfg.tasks, cfg.data))
+            find_source(get_task(name, cfg.tasks, cfg.data), download=False)
             here.append(name)
         except MissingError as error:
             left_out.append(name)

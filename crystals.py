@@ -437,8 +437,8 @@ def resolve_target(task, rows):
     columns = rows["columns"]
     numbers = [name for name, values in columns.items() if not is_text(values) and name not in ID_COLUMNS]
     choice = next((n for n in ("target", "energy") if n in columns), numbers[0] if len(numbers) == 1 else "")
-    total = choice == "energy" and not task.unit
-    unit, pooling = ("eV", "sum") if total else (task.unit, "mean")
+    total = choice == "energy" and not task.unit.endswith("/atom")
+    unit, pooling = (task.unit or "eV", "sum") if total else (task.unit, "mean")
     forces = "forces" if "forces" in rows else ""
     return replace(task, target_column=choice, forces_column=forces, unit=unit, pooling=task.pooling or pooling)
 

@@ -44,7 +44,7 @@ class Config(TrainConfig):
     init: str = "auto"  # compose.py's choice; or composed, backbone, scratch, a module
     train: Literal["all", "head", "new-head", "interactions"] = "all"  # interactions: these blocks and the head
     output: str = ""  # folder of the result [runs/TASK]
-    kind: Literal["full", "adapter"] = "full"  # with --init backbone; a module has its own
+    kind: Literal["", "full", "adapter"] = ""  # with --init backbone [full]; a module has its own
     preset: str = ""  # with --init scratch [the hub's, or small]
     backbone: str = ""  # with --init scratch [the hub's, or gemnet_oc]
     epochs: Positive = 60  # B.2; below 32 the schedule shrinks
@@ -218,7 +218,9 @@ def find_start(cfg, name, fold=None):
             cure = "compose with the same --folds, or give --init backbone"
             raise MissingError(f"{path}: no module composed without the labels that fold {fold + 1} tests; {cure}")
         card = hub.read_card(path)
-    kind, why = card["kind"] if card["kind"] != hub.BACKBONE else cfg.kind, str(path)
+    kind, why = card["kind"] if card["kind"] != hub.BACKBONE else cfg.kind or "full", str(path)
+    if cfg.kind and cfg.kind != kind:
+        raise UserError(f"--kind {cfg.kind}: {path} is of the kind {kind}; compose with --kind {cfg.kind}")
     if cfg.init == "auto":
         path, chosen, why = recommended(cfg, path)
         card = hub.read_card(path)

@@ -35,7 +35,7 @@ from crystals import SYMBOLS, Crystals, NoneUsable, from_structures, load_crysta
 from data import GraphConfig, GraphDataset
 from evaluate import FOLDED
 from model import PropertyModel
-from tasks import Task, inverse, transform
+from tasks import Task, inverse, transform, unit_of
 from train_module import loader, plan_batches, predict_batches, read_graphs
 
 
@@ -234,18 +234,19 @@ def next_to_label(X, d, spread, N):
     return picks
 
 
-def next_csv(cfg, crystals, folders, X, d, y):
-    """next.csv. y: (K, M) predictions in the unit of the labels."""
+def next_csv(cfg, card, crystals, folders, X, d, y):
+    """next.csv. card: of one of the models. y: (K, M) predictions in the unit of the labels, as spread is."""
     scale = [max(read_neighbours(path)["usual"].mean(dtype=float), 1e-12) for path in folders]
     Z = np.hstack([x / s for x, s in zip(X, scale, strict=True)]) / len(X) ** 0.5
     spread = y.std(axis=0) if len(y) > 1 else None
-    rows = []
+    unit, rows = unit_of(task_of(card)), []
     for rank, (i, far) in enumerate(next_to_label(Z, d, spread, cfg.next), start=1):
         why = f"{far:.2g} x as far from labelled and picked crystals as training crystals from each other"
         if spread is not None:
             why = f"models disagree {spread[i] / max(spread.mean(), 1e-300):.2g} x the mean; {why}"
         rows.append([rank, crystals.ids[i], "" if spread is None else float(spread[i]), far, why])
-    return csv_text(["rank", "id", "spread", "distance", "why"], rows)
+    head = ["rank", "id", f"spread ({unit})" if unit else "spread", "distance", "why"]
+    return csv_text(head, rows)
 
 
 WRITES = {"predictions.csv", "skipped.csv", "config.json", "next.csv", "embeddings.npz"}
@@ -268,6 +269,8 @@ def run(cfg):
     check_output(output)
     models = load_models(cfg.model)
     card = models[0][1]
+    if cfg.next and len({unit_of(task_of(card)) for _, card in models}) > 1:
+        raise UserError("--next: some of the models learnt logarithms and some did not; give models of one transform")
     with tempfile.TemporaryDirectory() as cache:
         crystals, skipped = read_inputs(cfg, card, cache)
     warn_unseen(crystals, [card for _, card in models])
@@ -290,7 +293,7 @@ def run(cfg):
         write_text(part / "predictions.csv", csv_text(head, rows))
         write_skipped(part / "skipped.csv", skipped)
         if cfg.next:
-            write_text(part / "next.csv", next_csv(cfg, crystals, folders, X, d, labels))
+            write_text(part / "next.csv", next_csv(cfg, card, crystals, folders, X, d, labels))
         if cfg.save_embeddings:
             names = ["X"] if len(X) == 1 else [f"X_{k}" for k in range(len(X))]
             np.savez(part / "embeddings.npz", ids=np.array(crystals.ids), **dict(zip(names, X, strict=True)))

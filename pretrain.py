@@ -1,7 +1,6 @@
 """Stage 0: pre-train theta_0, the backbone that every module of a hub starts from (appendix B.2).
 
     python pretrain.py --hub my_hub --teacher chgnet --taught mp_eform,mp_gvrh,jarvis_eform
-    python pretrain.py --hub my_hub --sets ff_mattersim_benchmarks,mp_2018_megnet,carbon_24
     python pretrain.py --hub my_hub --sets demo_forcefield,demo_clusters --data demo --preset tiny
 
 Two recipes, alone or together. --sets, JMP's: several sets at once (crystals, molecules; energies with or without
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from files import MissingError, UserError, write_skipped
+from files import UserError, write_skipped
 from stage import (Above, CommonConfig, LearningRate, Range, Seed, Share, Whole, all_sum, barrier, claim,
                    first_process_first, hardware, main, pick_device, rank, say, start, work_folder)
 
@@ -42,7 +41,7 @@ from tasks import Task, get_task, task_names, unit_of
 from teachers import TEACHERS, distorted, teach
 from train_module import EPOCH_SEED, finished, fit, is_public, loader, set_checkpointing, tensors_of
 
-TABLES = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck,mp_megnet_eform"  # of --taught
+TABLES = "mp_eform,mp_gvrh,castelli_eform,jarvis_eform,mp_bandgap,n_Seebeck"  # of --taught: matminer has them
 EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "kJ/mol": 0.0103642697}
 
 
@@ -50,7 +49,7 @@ EV = {"eV": 1.0, "meV": 1e-3, "Ha": 27.211386245988, "kcal/mol": 0.0433641153, "
 class Config(CommonConfig):
     sets: str = ""  # tasks or files with energies: a,b,c
     teacher: Literal["", *TEACHERS] = ""  # the potential that labels the crystals of --taught
-    taught: str = ""  # tasks, files; no label is used [seven open tables]
+    taught: str = ""  # tasks, files; no label is used [six open tables]
     copies: Whole = 0  # strained and displaced copies of each of these crystals
     leave_out: str = "downstream"  # what occurs in these tasks: a,b,c; "none"
     data: str = ""  # "demo": the embedded crystals
@@ -486,12 +485,12 @@ def left_out(cfg):
     for name in () if names == ["none"] else names:
         try:
             crystals = load_crystals(get_task(name, cfg.tasks, cfg.data), quiet=True, cache_dir=cfg.cache)
-        except MissingError:
+        except UserError:  # not here, or without structures, as matminer's two experimental tables
             missing.append(name)
             continue
         found |= dict.fromkeys(prototypes(crystals, cfg.cache, True), name)
     if missing:
-        say(cfg, f"  not left out, for their data are not here: {', '.join(missing)}")
+        say(cfg, f"  not left out, for their structures are not here: {', '.join(missing)}")
     return found
 
 

@@ -70,7 +70,7 @@ def merge_verdict(merged: float, mixture: float, theta_0: float | None, alternat
     if large:
         cure = "train theta_0 longer, or the modules less far from it"
         found.append(f"LARGE merge gap: the composed module is not what the weights promise; {cure}")
-        found[-1] += f"; the alternative here: {alternative}" if alternative else ""
+        found[-1] += f"; lower here: {alternative}, which --init auto takes if by more than noise" if alternative else ""
     return found, large
 
 

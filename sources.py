@@ -39,9 +39,9 @@ class Skip(Exception):
 # ---------------------------------------------------------------- where they are
 
 
-def find_source(task: Task) -> Path:
+def find_source(task: Task, download=True) -> Path:
     """The file or folder that holds the task's rows. Looked for in this order: the path that the task names,
-    MATMINER_DATA, datasets/ beside this file, matminer's own folder, matminer's download."""
+    MATMINER_DATA, datasets/ beside this file, matminer's own folder, and with `download` matminer's address."""
     name = task.dataset
     if name.startswith("demo:"):
         return Path(importlib.util.find_spec("demo").origin)
@@ -60,7 +60,7 @@ def find_source(task: Task) -> Path:
                 return path
     home = homes[0] if os.environ.get("MATMINER_DATA") else homes[-1]
     path = home / f"{name}.json.gz"
-    why = fetch(name, path)
+    why = fetch(name, path) if download else "not asked to"
     if not why:
         return path
     here, other = home / "tasks.json", ""
@@ -69,7 +69,7 @@ def find_source(task: Task) -> Path:
             other = f"; {here} offers {task.name} from another file: pass --tasks {here}"
     where = " or ".join(map(str, homes))
     raise MissingError(
-        f"no file or folder '{name}' here; as a data set it is not in {where} and cannot be downloaded ({why}); "
+        f"no file or folder '{name}' here; as a data set it is not in {where} and was not downloaded ({why}); "
         f"put {path.name} there, set MATMINER_DATA to a folder that has it, or use the embedded crystals (--data demo){other}"
     )
 

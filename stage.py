@@ -141,12 +141,15 @@ def fold_rows(cfg: TaskConfig, crystals) -> list:
     cfg.folds: how many, 0 or 1 for one split; None: FOLDS below MANY rows that nothing divides, else one split.
     """
     column = bool(crystals.split and any(word.strip() for word in crystals.split))
-    divided = cfg.split_file or column or published_split(crystals, cfg.split_seed)[0]
+    published, why = published_split(crystals, cfg.split_seed)
+    divided = cfg.split_file or column or published
     if cfg.folds and cfg.folds > 1 and (cfg.split_file or column):
         why = f"{'the column split' if column else f'--split-file {cfg.split_file}'} says which rows are for testing"
         raise UserError(f"--folds {cfg.folds}: {why}; leave one of the two out")
     K = (0 if divided or len(crystals) >= MANY else FOLDS) if cfg.folds is None else cfg.folds
     found = make_folds(crystals, K, cfg.split_seed) if K > 1 else []
+    if found and why:
+        say(cfg, f"{crystals.task.name}: {K} folds in place of {why}")
     for splits in found:
         splits["train"] = few_shot(splits["train"], cfg.few_shot, cfg.split_seed)
     return found

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import compose
 import finetune
 import hub
 import report
+import sources
 import stage
 from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
 from crystals import load_crystals
@@ -387,6 +389,22 @@ def test_several_tasks_make_a_heat_map(made, tmp_path):
     assert (tmp_path / TASK / "module.json").exists()
 
 
+def test_all_tasks_downloads_nothing_and_goes_on_after_a_table_that_cannot_be_used(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "fetch", lambda *_: pytest.fail("downloads"))
+    monkeypatch.setattr(sources, "data_homes", lambda: [tmp_path])
+    table = {"columns": ["formula", "expt_gap"], "index": [0], "data": [["NaCl", 5.0]]}  # no structures
+    (tmp_path / "expt_gap_kingsbury.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match="--all: none of .*expt_bandgap could be composed"):
+        compose.run(config(made, tmp_path, task="", data="", all=True, quiet=False))
+    said = capsys.readouterr().err
+    assert "expt_bandgap left out: " in said and "mp_eps_total left out: no file or folder" in said
+
+
+def test_totals_are_told_to_be_better_per_atom(made, tmp_path):
+    said = compose.run(config(made, tmp_path, pooling="sum", limit=20, bootstrap=0, unit="eV"))["notes"]
+    assert sum("better give them per atom" in note for note in said) == 1
+
+
 @pytest.mark.parametrize("changes, error, message", [
     ({"modules": "a,zz"}, ValueError, "--modules zz: not in .*a, b, c, d"),
     ({"few_shot": 1}, ValueError, "m=1"),
@@ -512,9 +530,10 @@ def test_settings_of_a_composition_that_were_edited_are_refused_by_name(made, tm
 
 
 def test_a_composition_no_better_than_the_mean_says_so(made, tmp_path):
-    said = compose.notes(config(made, tmp_path), {}, None, np.eye(3), {"composed": 1.2, "mean": 1.1})
+    some = SimpleNamespace(task=get_task("mp_eform"))
+    said = compose.notes(config(made, tmp_path), {}, some, np.eye(3), {"composed": 1.2, "mean": 1.1})
     assert any("no better than their mean" in note for note in said)
-    assert not compose.notes(config(made, tmp_path), {}, None, np.eye(9)[:, :2], {"composed": 0.2, "mean": 1.1})
+    assert not compose.notes(config(made, tmp_path), {}, some, np.eye(9)[:, :2], {"composed": 0.2, "mean": 1.1})
 
 
 def test_without_the_settings_of_the_composition_its_card_still_tells_other_rows(made, tmp_path):
@@ -574,8 +593,8 @@ def test_the_recommended_start_is_said_with_its_numbers():
 
 
 def test_a_large_merge_gap_names_the_alternative():
-    said, _ = report.merge_verdict(0.74, 0.68, 0.76, "--init backbone, error 0.760")
-    assert said[1].endswith("the alternative here: --init backbone, error 0.760")
+    said, _ = report.merge_verdict(0.74, 0.68, 0.76, "theta_0, error 0.700")
+    assert said[1].endswith("lower here: theta_0, error 0.700, which --init auto takes if by more than noise")
 
 
 @pytest.mark.parametrize("y, wanted", [

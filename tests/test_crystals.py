@@ -966,4 +966,5 @@ def test_a_total_energy_is_summed_over_atoms_unless_the_user_says_otherwise(tmp_
     task = lambda **fields: load_crystals(Task("t", str(tmp_path / "a.xyz"), **fields), quiet=True).task  # noqa: E731
     assert (task().pooling, task().unit) == ("sum", "eV") and task(pooling="mean").pooling == "mean"
     assert task(unit="eV/atom").pooling == "mean"
+    assert (task(unit="meV").pooling, task(unit="meV").unit) == ("sum", "meV")  # a total in another unit
     assert load_crystals(Task("t", f"{tmp_path}/a.xyz", "energy"), quiet=True).task.pooling == "mean"

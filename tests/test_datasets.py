@@ -1,4 +1,4 @@
-"""datasets/: the tables that come with the code, and their published splits, which are the default."""
+"""datasets/ and hub/: the tables that come with the code, their published splits, the default; and the modules."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 
 import benchmark
 import compose
+import hub
 from conftest import ROOT, many
 from crystals import load_crystals, subset
 from data import make_splits, published_split
@@ -122,3 +123,32 @@ def test_the_benchmark_takes_the_published_split_of_each_seed(tmp_path):
     for seed in (0, 3):
         stored = (ROOT / "datasets" / "splits" / SMALL / f"seed{seed}.json").read_text()
         assert json.loads((out / f"magpie/{SMALL}/seed{seed}/splits.json").read_text()) == json.loads(stored)
+
+
+# ---------------------------------------------------------------- the shipped hub
+
+
+def test_the_shipped_hub_is_in_order_and_its_readme_is_of_its_cards(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert hub.verify("hub") == []
+    cards = hub.list_modules("hub")
+    hub.check_compatible({name: card for name, card in cards.items() if card["kind"] == "full"}, "hub")
+    hub.check_compatible({name: card for name, card in cards.items() if card["kind"] == "adapter"}, "hub")
+    assert hub.main(["readme"]) == 0
+    assert capsys.readouterr().out == (ROOT / "hub/README.md").read_text()
+    files = [path for path in (ROOT / "hub").rglob("*") if path.is_file() and ".runs" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 60e6
+
+
+def test_every_shipped_module_says_whose_it_is_and_is_better_than_the_mean():
+    cards = hub.list_modules(ROOT / "hub")
+    kinds = [card["kind"] for card in cards.values()]
+    assert kinds.count("full") >= 14 and kinds.count("adapter") >= 14
+    tasks = json.loads((ROOT / "hub/tasks.json").read_text())
+    known = {name.lower(): about["data"] for name, about in tasks.items()}
+    for name, card in cards.items():
+        assert card["license_weights"] == "MIT" and card["author"] and card["version"], name
+        assert known[name.removesuffix("-adapter")] == card["dataset"], name
+        assert "CHGNet" in card["license_data"] and not any(x in card["license_data"] for x in ("NC", "unknown")), name
+        assert card["val_mae"] < 0.95 * card["mad"], name
+        assert hub.read_seen(ROOT / "hub" / name) is not None, name

@@ -145,6 +145,7 @@ def test_every_start_gives_a_model(home, tmp_path, changes):
         (dict(init="composed"), "python compose.py --task"),
         (dict(init="no_such"), "--init no_such: no module in"),
         (dict(init="scratch", kind="adapter"), "nothing is pre-trained"),
+        (dict(init="full", kind="adapter"), "full is of the kind full; compose with --kind adapter"),
         (dict(init="backbone", train="head"), "no head to continue"),
         (dict(init="adapter", train="interactions"), "adapter modules never train them"),
         (dict(init="full", backbone="cgcnn"), "for --init scratch"),

@@ -121,7 +121,7 @@ def test_intervals_of_a_fold_rest_on_the_others_and_the_coverage_is_theirs(folde
     assert metrics["coverage"]["mean_width"] == pytest.approx((high - low).mean()) and inside.mean() > 0.6
 
 
-def test_predict_takes_the_models_of_the_folds_together(folded, home, tmp_path, capsys):
+def test_predict_takes_the_models_of_the_folds_together(folded, home, tmp_path, capsys, monkeypatch):
     cfg, _ = folded
     crystals = prepare(home.modules, preset("tiny"))[0]
     write_structures(tmp_path / "new", crystals, range(6))
@@ -143,6 +143,11 @@ def test_predict_takes_the_models_of_the_folds_together(folded, home, tmp_path, 
     assert [r["rank"] for r in ranked] == ["1", "2", "3", "4"] and len({r["id"] for r in ranked}) == 4
     with np.load(tmp_path / "p/embeddings.npz") as arrays:
         assert arrays["ids"].tolist() == list(found) and arrays["X_0"].shape == (6, 32)
+    some = hub.read_card(home.root / "tuned")
+    monkeypatch.setattr(predict, "load_models", lambda _: [(None, {**some, "transform": t}) for t in ("none", "log")])
+    with pytest.raises(UserError, match="--next: some of the models learnt logarithms"):
+        predict.run(asked)
+    monkeypatch.undo()
     with pytest.raises(UserError, match="--next: .*full holds no neighbours.npz"):
         predict.run(replace(asked, model=(str(home.hub / "full"),)))
     capsys.readouterr()

@@ -272,7 +272,7 @@ def replaced(card, path, *args, **kwargs):
 
 
 def test_what_a_module_cannot_start_from_is_refused(home, tmp_path):
-    with pytest.raises(MissingError, match="make one: `make backbone`"):
+    with pytest.raises(MissingError, match="copy hub/backbone there, or make one: `make backbone HUB="):
         tm.run(replace(home.modules, hub=str(tmp_path)))
     with pytest.raises(UserError, match="name"):
         tm.run(replace(home.modules, name="../out"))
