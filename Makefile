@@ -6,7 +6,7 @@
 #   make test                     set up what is needed and run the tests
 #   make compose TASK=dielectric  weights, report, composed module      make finetune TASK=dielectric
 #   make predict MODEL=runs/dielectric INPUT=my_crystals
-#   make results                  all methods on the nine shipped tasks of the paper, three splits each: hours
+#   make results                  all methods on the nine shipped tasks of the paper, three splits each, 30 epochs: hours
 #   make teacher                  install CHGNet, which labels crystals for theta_0
 #   make backbone HUB=my_hub      theta_0, pre-trained here; SETS=a,b,c for energies and forces in place of a teacher
 #   make hub HUB=my_hub           every hub module, one target each (try -j2); KIND=adapter for adapter modules
@@ -181,7 +181,7 @@ from-zero-random: | $(VENV)/done
 RESULTS       = runs/results
 RESULTS_TASKS = jarvis_2d_dielectric_opt jarvis_2d_eform jarvis_2d_exfoliation jarvis_2d_gap_opt mp_eps_electronic \
                 mp_eps_total mp_phonons mp_poly_electronic mp_poly_total
-METHODS      ?= moma-full,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr
+METHODS      ?= moma-full,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr
 
 results: | $(VENV)/done $(VENV)/teacher
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(RESULTS_TASKS:%=results-%)
@@ -189,8 +189,8 @@ results: | $(VENV)/done $(VENV)/teacher
 
 results-%: | $(VENV)/done
 	@mkdir -p $(RESULTS)
-	$(PY) benchmark.py --task $* --methods $(METHODS) --hub $(HUB) --output $(RESULTS) --quiet $(flags) $(epochs) \
-	    > $(RESULTS)/$*.log
+	$(PY) benchmark.py --task $* --methods $(METHODS) --hub $(HUB) --output $(RESULTS) --quiet $(flags) \
+	    --epochs $(or $(EPOCHS),30) > $(RESULTS)/$*.log
 
 clean:
 	rm -rf $(DEMO) $(ZERO) .cache .pytest_cache

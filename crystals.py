@@ -1,6 +1,6 @@
 """Any source of crystals -> `Crystals` (paper, B.1): matminer tables, folders of files, extxyz, lists.
 
-    crystals = load_crystals(get_task("dielectric"))        # from matminer's data home, or MATMINER_DATA
+    crystals = load_crystals(get_task("dielectric"))        # from MATMINER_DATA, datasets/ or matminer
     crystals = from_structures([structure, ...], y, unit="eV")    # pymatgen or ASE objects
 
 M: crystals in a task. R: rows of a source, unusable ones included. A: atoms. Lengths in Å. What cannot be

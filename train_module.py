@@ -3,7 +3,8 @@
     python train_module.py --task mp_eform --hub my_hub --kind full
 
 full: all backbone parameters are the module. adapter: the backbone is frozen, the data are encoded once, and adapters
-and head train on the stored features. Both start from theta_0 = HUB/backbone and end as one folder of the hub.
+and head train on the stored features. Both start from theta_0 = HUB/backbone (a copy of hub/backbone, say)
+and end as one folder of the hub.
 
 B: crystals, A: atoms, L: outputs that an adapter follows (blocks + 1), C: channels. y: labels after the task's
 transform. The loss is L1 on (y - mean) / std, both of the training labels; errors are printed in the unit of y.

@@ -1,6 +1,6 @@
 """What preset `small` gives up: training speed and error of `small` and of richer variants, trained from scratch.
 
-    python tests/bench_presets.py --task jarvis_eform --tasks ../shared/matminer/tasks.json --limit 2000 --epochs 12
+    python tests/bench_presets.py --task jarvis_eform --tasks hub/tasks.json --limit 2000 --epochs 12
 
 Speed: training steps (forward, backward, AdamW) on batches of 32 crystals of 8 atoms, the best of five, float32,
 threads as torch finds them (OMP_NUM_THREADS). Error: validation MAE after the epochs, same rows, seed and learning
