@@ -50,7 +50,6 @@ GEMNET = dict(  # JMP-S
     num_after_skip=2, num_concat=1, num_atom=3, num_output_afteratom=3, num_atom_emb_layers=2,
     num_global_out_layers=2, rbf_cutoff=12.0, trip_interaction=True, quad_interaction=True,
     atom_edge_interaction=True, edge_atom_interaction=True, atom_interaction=True, forces=False,
-    out_linear=False,
 )  # fmt: skip
 LARGE = GEMNET | dict(  # JMP-L
     num_blocks=6, emb_size_edge=1024, emb_size_trip_out=128, emb_size_quad_in=64, emb_size_rbf=32,
@@ -61,7 +60,6 @@ SMALL = GEMNET | dict(
     emb_size_trip_out=16, emb_size_quad_in=8, emb_size_quad_out=8, emb_size_aint_in=32, emb_size_aint_out=32,
     emb_size_cbf=8, emb_size_sbf=8, num_before_skip=1, num_after_skip=1, num_atom=1, num_output_afteratom=1,
     num_atom_emb_layers=1, num_global_out_layers=1, rbf_cutoff=6.0, quad_interaction=False,
-    out_linear=True,
 )  # fmt: skip
 TINY = SMALL | dict(num_radial=16, num_spherical=4, num_blocks=1, emb_size_atom=32, emb_size_edge=24,
                     emb_size_aint_in=16, emb_size_aint_out=16, emb_size_rbf=8)  # fmt: skip

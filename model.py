@@ -20,7 +20,6 @@ default for each of these:
     .can_checkpoint   whether it obeys .checkpointing = True, keep less and compute it again; False
     .edge_width       C_edge, where it has edge features: what pre-training on forces needs; None
     .force_arguments  constructor arguments that give it edge features, for pre-training only; {}
-    .out_linear       a last nn.Linear(C, C) of the readout, by which pre-training decorrelates it; None
     .ranges           {argument: (least, most)} where `usual_range` does not suit; {}
     edge_features(batch) -> (A, C), (E, C_edge), (E, 3)    readout, edge features, unit vectors of main edges
     shared_gradient_divisors()    {parameter: number of blocks that share it}, for pre-training; {}
@@ -623,7 +622,6 @@ class Backbone(nn.Module):
     def __init__(self, arch):
         super().__init__()
         self.arch = arch
-        self.out_linear = None
 
     def forward(self, batch, adapters=None):
         return self.readout(self.atom_features(batch), adapters)
@@ -659,10 +657,6 @@ class GemNetOC(Backbone):
         self.int_blocks = nn.ModuleList(InteractionBlock(a) for _ in range(blocks))
         self.out_blocks = nn.ModuleList(OutputBlock(a) for _ in range(blocks + 1))
         self.out_mlp_E = self.out_mlp(self.width)
-        if a["out_linear"]:  # not published: see pretrain.decorrelate, which sets it
-            self.out_linear = nn.Linear(self.width, self.width)
-            nn.init.eye_(self.out_linear.weight)
-            nn.init.zeros_(self.out_linear.bias)
         if a["forces"]:
             self.out_mlp_F = self.out_mlp(self.edge_width)
 
@@ -700,8 +694,7 @@ class GemNetOC(Backbone):
     def readout(self, features, adapters=None):
         if adapters is not None:
             features = adapters(features)
-        x = self.out_mlp_E.out_mlp(features.flatten(1))
-        return x if self.out_linear is None else self.out_linear(x)
+        return self.out_mlp_E.out_mlp(features.flatten(1))
 
     def edge_features(self, batch):
         """Final atom and edge features for energy and force heads: x_E (A, C), x_F (E, C_edge), V (E, 3)."""

@@ -30,7 +30,6 @@ from stage import (Above, CommonConfig, LearningRate, Range, Seed, Share, Whole,
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import hub
 from crystals import SYMBOLS, Crystals, count_reasons, load_crystals, prototypes, subset
@@ -75,7 +74,6 @@ class Config(CommonConfig):
     force_weight: str = "1"  # against the energy per atom; one number, or one a set
     energy_weight: Above = 0.3  # of a teacher's energies, against its features
     teacher_forces: Annotated[float, Range(0)] = 0.0  # weight of its forces; small without --copies
-    decorrelation: Annotated[float, Range(0, 1)] = 0.5  # of the representations, at the end; 0: none, 1: whole
     temperature: Annotated[float, Range(1)] = 2.0  # of the sampling: shares (rows)^(1/T)
     max_force: Above = 30.0  # leave out structures with a larger force on an atom, eV/A
     max_energy: Above = 15.0  # and with a residual energy beyond so many spreads
@@ -132,7 +130,6 @@ def run(cfg):
         refuse_if_used(target, cfg)  # modules may have been trained meanwhile
         card["training"] |= training_of(sets, errors, result["step"])
         card["seconds"] = result["seconds"]
-        decorrelate(net.backbone, sets, cfg)
         plain = build_backbone(card["architecture"])  # without the force branch, which has served
         tensors = {k: v for k, v in tensors_of(net.backbone).items() if k in plain.state_dict()}
         adapters = tensors_of(new_adapters(plain, cfg.seed))
@@ -149,7 +146,7 @@ def run(cfg):
 
 SETTINGS = ("seed", "split_seed", "val_fraction", "epochs", "batch_size", "max_atoms", "lr", "weight_decay",
             "warmup_steps", "clip", "ema", "edge_dropout", "force_weight", "energy_weight", "teacher_forces",
-            "decorrelation", "temperature", "max_force", "max_energy", "bf16")  # fmt: skip
+            "temperature", "max_force", "max_energy", "bf16")  # fmt: skip
 
 
 TAUGHT = ("limit", "taught", "copies", "leave_out")  # for the card; the record has the rows' fingerprints
@@ -242,37 +239,6 @@ def training_of(sets, errors, steps):
             "val_mae_features": errors[f"{s.name} features"] if s.crystals.teacher else None,
         }  # fmt: skip
     return {"steps": steps, "sets": about}
-
-
-SAMPLE = 4000  # crystals whose representations tell their mean and covariance
-
-
-@torch.no_grad()
-def decorrelate(backbone, sets, cfg):
-    """x_i <- c Σ^(-p/2) (x_i - μ), by the readout's last layer where the backbone has one. p: --decorrelation.
-
-    μ (C,), Σ (C, C): mean and covariance of the training crystals' representations, a sample of them. c keeps their
-    mean square. As training leaves them, they share a large mean and vary along few axes: all crystals are alike to the
-    cosines of Eq. 1.
-    """
-    if backbone.out_linear is None or cfg.decorrelation == 0:
-        return
-    device, X = next(backbone.parameters()).device, []
-    for s in sets.values():
-        rows = np.random.RandomState(cfg.seed).permutation(s.train)[: SAMPLE // len(sets)]
-        plan = [(some, s.name, None) for some in batch_indices(s.dataset.num_atoms, rows, cfg.batch_size, cfg.max_atoms)]
-        for batch in DataLoader(plan, batch_size=None, collate_fn=lambda entry: read_batch(sets, 0.0, *entry)):
-            X.append(backbone.eval().embed(to_device(batch, device)).double().cpu())
-    X = torch.cat(X)
-    mean, covariance = X.mean(0), torch.cov(X.T, correction=0)
-    variance, axes = torch.linalg.eigh(covariance)
-    deviation = variance.clamp(min=0).sqrt()
-    scale = (deviation + 1e-3 * deviation[-1]) ** -cfg.decorrelation  # 1e-3: axes of rounding noise stay small
-    W = axes * scale @ axes.T
-    W *= (X.square().sum(1).mean() / ((X - mean) @ W).square().sum(1).mean()).sqrt()
-    layer = backbone.out_linear
-    layer.bias.copy_(W @ (layer.bias.double().cpu() - mean))
-    layer.weight.copy_(W @ layer.weight.double().cpu())
 
 
 def describe(errors):

@@ -27,8 +27,7 @@ def architecture(file):
     c = file["config"]
     arch = {k: c[k] for k in GEMNET if k in c}
     arch |= {"backbone": "gemnet_oc", "rbf_cutoff": c["absolute_rbf_cutoff"], "trip_interaction": True}
-    arch |= {"graph": {}, "out_linear": False}
-    return arch | {"forces": any(k.startswith("backbone.out_mlp_F") for k in file["state_dict"])}
+    return arch | {"graph": {}, "forces": any(k.startswith("backbone.out_mlp_F") for k in file["state_dict"])}
 
 
 def given_batch(file, dtype):

@@ -16,7 +16,6 @@ import hub
 import pretrain
 import train_module
 from crystals import Crystals
-from data import collate
 from files import UserError
 from stage import main
 from tasks import Task
@@ -202,24 +201,6 @@ def test_a_run_lowers_the_error_of_both_sets_and_writes_theta_0(tmp_path, monkey
     assert not any("out_mlp_F" in k for k in backbone.state_dict())
     assert hub.load_tensors(tmp_path / "hub/backbone", "adapters.safetensors")
     assert hub.verify(tmp_path / "hub") == []
-
-
-def test_representations_are_decorrelated_by_the_last_layer_and_keep_their_mean_square(tmp_path):
-    X = {}
-    for p in (0.0, 0.5, 1.0):
-        cfg = config(tmp_path / str(p), sets="demo_forcefield", decorrelation=p)
-        card = pretrain.run(cfg)
-        s = pretrain.load_sets(cfg, card["architecture"])["demo_forcefield"]
-        backbone = hub.load_module(tmp_path / str(p) / "hub/backbone").backbone
-        with torch.no_grad():
-            X[p] = backbone.embed(collate([s.dataset[i] for i in s.train])).double().numpy()
-    variance = {p: np.linalg.eigvalsh(np.cov(x.T)) for p, x in X.items()}
-    for p in (0.5, 1.0):
-        np.testing.assert_allclose(X[p].mean(axis=0), 0, atol=1e-4 * np.sqrt((X[p] ** 2).mean()))
-        np.testing.assert_allclose((X[p] ** 2).mean(), (X[0.0] ** 2).mean(), rtol=1e-3)
-    ratio = [variance[p][-1] / variance[p][-9] for p in (0.0, 0.5, 1.0)]  # of nine axes that are more than noise
-    np.testing.assert_allclose(ratio[1], ratio[0] ** 0.5, rtol=0.1)
-    np.testing.assert_allclose(ratio[2], 1, rtol=0.1)
 
 
 def test_two_processes_agree_when_to_save(tmp_path):
