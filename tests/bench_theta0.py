@@ -4,6 +4,8 @@
 
 Leave-one-out kNN error (K = 5, temperature 0.2) on the training rows of the published splits, mean squared error over
 variance of the label, mean over the seeds. A hub stands for its backbone.
+
+--whiten P: also of (X - mean) covariance^(-P/2), mean and covariance of the task's own crystals, or of --statistics.
 """
 
 import argparse
@@ -39,6 +41,18 @@ def embed(backbone, adapters, dataset):
     return X
 
 
+def whiten(X, of, p):
+    """(X - mean) covariance^(-p/2), mean and covariance of the representations `of`; axes of noise stay small."""
+    mean, (variance, axes) = of.mean(axis=0), np.linalg.eigh(np.cov(of.T, dtype=np.float64))
+    deviation = np.sqrt(np.maximum(variance, 0))
+    return (X - mean) @ (axes * (deviation + 1e-3 * deviation[-1]) ** -p @ axes.T)
+
+
+def load(name, args, arch, limit=0):
+    crystals = load_crystals(get_task(name, args.table), limit, quiet=True)
+    return crystals, GraphDataset(crystals, GraphConfig(**arch["graph"]), quiet=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("places", nargs="+", metavar="PLACE", help="a hub, or a module of one")
@@ -46,24 +60,30 @@ def main():
     parser.add_argument("--table", default="", help="JSON file with more tasks")
     parser.add_argument("--splits", default=ROOT / "datasets/splits")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--whiten", type=float, nargs="*", default=[], metavar="P", help="0: only less the mean")
+    parser.add_argument("--statistics", default="", help="tasks a,b,c: 700 crystals of each")
     args = parser.parse_args()
     tasks = args.tasks.split(",")
     print("| theta_0 | " + " | ".join(tasks) + " |\n|" + "---|" * (1 + len(tasks)))
     for place in map(Path, args.places):
         folder = place if (place / "module.json").exists() else place / hub.BACKBONE
-        module, cells = hub.load_module(folder, hub=folder.parent), []
+        module, cells = hub.load_module(folder, hub=folder.parent), {p: [] for p in (None, *args.whiten)}
+        arch, embed_all = module.card["architecture"], partial(embed, module.backbone.eval(), module.adapters)
+        others = [embed_all(load(name, args, arch, 700)[1]) for name in args.statistics.split(",") if name]
         for name in tasks:
-            crystals = load_crystals(get_task(name, args.table), quiet=True)
-            dataset = GraphDataset(crystals, GraphConfig(**module.card["architecture"]["graph"]), quiet=True)
-            X, errors = embed(module.backbone.eval(), module.adapters, dataset), []
+            crystals, dataset = load(name, args, arch)
+            X = embed_all(dataset)
             at = {int(row): i for i, row in enumerate(crystals.row)}
-            for seed in range(args.seeds):
-                split = json.loads(Path(args.splits, name, f"seed{seed}.json").read_text())
-                rows = [at[row] for row in split["train"] if row in at]
-                y = crystals.y[rows]
-                errors.append(((knn_estimate(X[rows], y) - y) ** 2).mean() / y.var())
-            cells.append(f"{np.mean(errors):.3f}")
-        print(f"| {place} | " + " | ".join(cells) + " |", flush=True)
+            for p in cells:
+                Z, errors = X if p is None else whiten(X, np.concatenate(others) if others else X, p), []
+                for seed in range(args.seeds):
+                    split = json.loads(Path(args.splits, name, f"seed{seed}.json").read_text())
+                    rows = [at[row] for row in split["train"] if row in at]
+                    y = crystals.y[rows]
+                    errors.append(((knn_estimate(Z[rows], y) - y) ** 2).mean() / y.var())
+                cells[p].append(f"{np.mean(errors):.3f}")
+        for p, line in cells.items():
+            print(f"| {place}{'' if p is None else f', whitened, p = {p:g}'} | " + " | ".join(line) + " |", flush=True)
 
 
 if __name__ == "__main__":
