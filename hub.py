@@ -73,7 +73,8 @@ def module_file(path, file: str) -> Path:
     path, file = Path(path), Path(path) / file
     recover(path)
     if not path.is_dir() and path.name == BACKBONE:
-        raise MissingError(f"{path}: no theta_0 to start from; copy hub/backbone there, or make one: `make backbone HUB={path.parent}`")
+        cure = f"copy hub/backbone there, or make one: `make backbone HUB={path.parent}`"
+        raise MissingError(f"{path}: no theta_0 to start from; {cure}")
     if not path.is_dir():
         raise MissingError(f"{path}: no such module; see python hub.py list --hub {path.parent}")
     if file.is_symlink():
