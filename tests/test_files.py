@@ -247,7 +247,5 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(given, spins)
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()))
 def test_without_its_packages_a_script_says_what_to_do_in_one_line(script, tmp_path):
     """-S: no site-packages, as with a Python outside the virtual environment."""
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-S", str(ROOT / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "make setup" in done.stderr, done.stderr
-    assert time.monotonic() - began < 5
