@@ -10,6 +10,7 @@ stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), theta0 (
 which needs `make teacher`). All get the same rows, and the networks the same budget of epochs.
 """
 
+import csv
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ import compose
 import evaluate
 import finetune
 from crystals import load_crystals
-from tasks import get_task, inverse, unit_of
+from tasks import TRANSFORMS, get_task, inverse, unit_of
 
 WRITES = ("config.json", "table.md", "runs.csv")
 BASELINES = ("magpie", "chgnet-svr")
@@ -104,7 +105,7 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    parts = [table(found), gains(found)]
+    parts = [table(found), "\n".join(part for part in (gains(found), unseen(output, found), coverage(found)) if part)]
     if (output / "composed").is_dir():
         parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
     text = "\n\n".join(part for part in parts if part)
@@ -195,7 +196,8 @@ def collect(root):
             with reading(path, "the metrics of a run", "delete that folder and run the benchmark again"):
                 seed = int(path.parent.name.removeprefix("seed"))
                 metrics["train_rows"] = len(json.loads((path.parent / "splits.json").read_text())["train"])
-                metrics = {k: metrics[k] for k in ("test", "budget", *COLUMNS)}
+                inside = metrics.get("coverage", {}).get("test")
+                metrics = {k: metrics[k] for k in ("test", "budget", *COLUMNS)} | {"coverage": inside}
                 found.setdefault(path.parent.parent.name, {}).setdefault(method, {})[seed] = metrics
     for task, runs in found.items():
         check_alike(root, task, [(f"{m}, seed {seed}", r) for m in runs for seed, r in runs[m].items()])
@@ -291,6 +293,40 @@ def gains(found, best="moma-full") -> str:
             text += f", spread {spread:.1%} over {len(gain)} splits{inside}"
         lines.append(f"- {text}, better on {sum(g > 0 for g in gain)} of {len(gain)} {what}")
     return "\n".join(lines)
+
+
+def unseen(root, found, best="moma-full") -> str:
+    """The mean gains on the test crystals that neither a module of `best`'s start nor theta_0 was trained on."""
+    rows, error = [], {}  # error: {(task, method): [mean over those of a split]}
+    for task, runs in found.items():
+        for seed in runs.get(best, ()):
+            of = {m: root / m / task / f"seed{seed}" for m in runs if seed in runs[m]}
+            label = TRANSFORMS[read_json(of[best] / "module.json", "the card of a run")["transform"]][0]
+            tested = {m: read_columns(folder / "predictions_test.csv") for m, folder in of.items()}
+            new = np.array(tested[best]["seen"]) == "0"
+            rows += new.tolist()
+            for m in tested if new.any() else ():
+                y, prediction = (label(np.array(tested[m][k], float)[new]) for k in ("target", "prediction"))
+                error.setdefault((task, m), []).append(np.abs(y - prediction).mean())
+    said = []
+    for other in (m for m in METHODS if m != best):
+        pairs = [(error[task, best], error[task, m]) for task, m in error if m == other]
+        if gain := [1 - np.mean(a) / np.mean(b) for a, b in pairs if len(a) == len(b)]:
+            said.append(f"{np.mean(gain):.1%} over {other}")
+    what = f"on {sum(rows)} of {len(rows)} test crystals, which nothing in {best}'s start was trained on"
+    return f"- {what}: mean gain {', '.join(said)}" * bool(said)
+
+
+def read_columns(path):
+    with open(path, newline="") as f:
+        return {name: values for name, *values in zip(*csv.reader(f), strict=True)}
+
+
+def coverage(found) -> str:
+    """Share of the test labels inside the 90 % intervals, mean over all runs of a method."""
+    of = {m: [r["coverage"] for runs in found.values() for r in runs.get(m, {}).values()] for m in METHODS}
+    said = [f"{m} {np.mean(some):.1%} ({len(some)} runs)" for m in of if (some := [c for c in of[m] if c is not None])]
+    return f"- in the 90 % intervals: {', '.join(said)}" * bool(said)
 
 
 def merges(root):

@@ -45,13 +45,14 @@ def write(cfg, target, origin, model, card, result, crystals, dataset, splits, e
         metrics |= all_scores(crystals.task, name, *values, mean)
     metrics |= summary(cfg, metrics, result["best_epoch"], result["seconds"])
     metrics["coverage"] = covered(y, prediction, sigma["test"], q)
-    metrics["leakage"] = leakage(seen_rows(cfg, origin, crystals)[index], np.abs(y - prediction))
+    seen = seen_rows(cfg, origin, crystals)[index]
+    metrics["leakage"] = leakage(seen, np.abs(y - prediction))
     if cfg.compare:
         metrics |= compared(y, prediction, mean, magpie(cfg, crystals, [splits])[index], unit_of(crystals.task))
     rows = {name: crystals.row[index].tolist() for name, index in splits.items()}
     files = common_files(target, crystals, metrics, rows, errors["test"]) | files_of(known, held_out)
     files["predictions_val.csv"] = predictions_csv(crystals, *errors["val"])
-    files["predictions_test.csv"] = predictions_csv(crystals, *errors["test"], sigma["test"], q)
+    files["predictions_test.csv"] = predictions_csv(crystals, *errors["test"], sigma["test"], q, seen=seen)
     hub.save(target, tensors_of(model), card, history=result["history"], extra=files, overwrite=cfg.overwrite,
              main=hub.MODEL)  # fmt: skip
 
@@ -90,7 +91,7 @@ def write_folds(cfg, target, record, origins, crystals, folds):
     rows = [{name: crystals.row[index].tolist() for name, index in splits.items()} for splits in folds]
     files = common_files(target, crystals, metrics, {"folds": rows}, (np.arange(M), y, prediction))
     files |= calibration_file(scores_of)
-    files["predictions.csv"] = predictions_csv(crystals, np.arange(M), y, prediction, sigma, q, fold=fold.astype(int))
+    files["predictions.csv"] = predictions_csv(crystals, np.arange(M), y, prediction, sigma, q, fold=fold, seen=seen)
     with whole_folder(target, replace=cfg.overwrite) as part:
         for k in range(len(folds)):
             shutil.copytree(work / f"fold{k}", part / f"fold{k}")
@@ -224,7 +225,10 @@ def common_files(target, crystals, metrics, rows, test):
 
 
 def predictions_csv(crystals, index, y, prediction, sigma=None, q=None, **more) -> bytes:
-    """Of the crystals at `index`, in the physical unit. sigma, q: for intervals, blank where q is infinite."""
+    """Of the crystals at `index`, in the physical unit. sigma, q: for intervals, blank where q is infinite.
+
+    more: columns of whole numbers, blank where NaN. seen: 1 for a crystal that the start was trained on.
+    """
     task = crystals.task
     columns = {"id": [crystals.ids[i] for i in index], "target": inverse(task, y).tolist()}
     columns["prediction"] = inverse(task, prediction).tolist()
@@ -233,7 +237,7 @@ def predictions_csv(crystals, index, y, prediction, sigma=None, q=None, **more) 
         for name, end in zip(("lower", "upper"), interval(task, prediction, sigma, q), strict=True):
             columns[name] = [x if ok else "" for x, ok in zip(end.tolist(), known, strict=True)]
         columns["difficulty"] = sigma.tolist()
-    columns |= {name: values.tolist() for name, values in more.items()}
+    columns |= {name: ["" if np.isnan(x) else int(x) for x in values] for name, values in more.items()}
     return csv_text(list(columns), zip(*columns.values(), strict=True)).encode()
 
 

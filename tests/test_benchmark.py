@@ -48,7 +48,7 @@ def test_a_finished_run_is_kept_and_what_rests_on_other_rows_is_refused(tmp_path
 def runs(*errors, **budget):
     budget = {"limit": 0, "few_shot": 0, **budget}
     return {seed: {"test": {"rows": 9, "mae": e}, "val_mae": e, "test_mae": e, "unit": "eV", "best_epoch": None,
-                   "epochs": None, "seconds": 6.0, "budget": budget, "train_rows": 80}
+                   "epochs": None, "seconds": 6.0, "budget": budget, "train_rows": 80, "coverage": None}
             for seed, e in enumerate(errors)}  # fmt: skip
 
 
@@ -96,3 +96,31 @@ def test_errors_are_averaged_over_tasks_in_units_of_the_published_spread():
     paper = np.mean([0.0484 / 0.7093, 0.0839 / 1.0065])
     assert last[5].endswith(f", {paper:.4f} |")
     assert "mean of MAE" not in benchmark.table({"mine": found["mine"]})
+
+
+def test_intervals_are_counted_over_the_runs_that_have_them():
+    found = {"a": {"theta0": runs(1, 1), "magpie": runs(1)}, "b": {"theta0": runs(1)}}
+    assert benchmark.coverage(found) == ""
+    tuned = (*found["a"]["theta0"].values(), *found["b"]["theta0"].values())
+    for run, share in zip(tuned, (0.8, 0.9, 1.0), strict=True):
+        run["coverage"] = share
+    assert benchmark.coverage(found) == "- in the 90 % intervals: theta0 90.0% (3 runs)"
+
+
+def test_gains_on_unseen_crystals_are_of_rows_that_nothing_in_the_start_was_trained_on(tmp_path):
+    """Two crystals a split, the first of them seen; labels are logarithms, files are not."""
+    found = {"a": {"moma-full": runs(1, 1), "theta0": runs(1, 1), "magpie": runs(1)}}
+    error = {"moma-full": 0.5, "theta0": 1.0, "magpie": 2.0}
+    for m, seeds in found["a"].items():
+        for seed in seeds:
+            folder = tmp_path / m / "a" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [f"x,1,{np.exp(9)},1", f"y,1,{np.exp(error[m])},0"]
+            (folder / "predictions_test.csv").write_text("\n".join(["id,target,prediction,seen", *lines]) + "\n")
+            (folder / "module.json").write_text('{"transform": "log"}')
+    text = "- on 2 of 4 test crystals, which nothing in moma-full's start was trained on: mean gain 50.0% over theta0"
+    assert benchmark.unseen(tmp_path, found) == text  # trees have run on one of the two splits: no mean
+    for seed in (0, 1):
+        path = tmp_path / f"moma-full/a/seed{seed}/predictions_test.csv"
+        path.write_text(path.read_text().replace(",0\n", ",\n"))  # not known: not unseen
+    assert benchmark.unseen(tmp_path, found) == ""

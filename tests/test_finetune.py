@@ -32,6 +32,8 @@ def test_a_run_folder_holds_what_its_metrics_say(home):
     assert test["mae"] == pytest.approx(np.abs(y - p).mean()) and test["rows"] == len(rows) == 6
     assert test["r2"] == pytest.approx(1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum())
     assert test["mad_mae"] == pytest.approx(test["mad"] / test["mae"])
+    seen, known = [r["seen"] for r in rows], metrics["leakage"] or {"test": 0, "unknown": len(rows)}
+    assert (seen.count("1"), seen.count("")) == (known["test"], known["unknown"])
     names = {p.name for p in folder.iterdir()}
     wanted = "config.json model.safetensors module.json splits.json history.csv metrics.json predictions_val.csv"
     assert names >= {*wanted.split(), "predictions_test.csv", "skipped.csv", "parity.png"} and "last.pt" not in names
