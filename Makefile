@@ -6,7 +6,7 @@
 #   make test                     set up what is needed and run the tests
 #   make compose TASK=dielectric  weights, report, composed module      make finetune TASK=dielectric
 #   make predict MODEL=runs/dielectric INPUT=my_crystals
-#   make results                  all methods on the nine shipped tasks of the paper, three splits each, 30 epochs: hours
+#   make results                  all methods on the nine shipped tasks of the paper, three splits each, 20 epochs: hours
 #   make teacher                  install CHGNet, which labels crystals for theta_0
 #   make backbone HUB=my_hub      theta_0, pre-trained here; SETS=a,b,c for energies and forces in place of a teacher
 #   make hub HUB=my_hub           every hub module, one target each (try -j2); KIND=adapter for adapter modules
@@ -190,7 +190,7 @@ results: | $(VENV)/done $(VENV)/teacher
 results-%: | $(VENV)/done
 	@mkdir -p $(RESULTS)
 	$(PY) benchmark.py --task $* --methods $(METHODS) --hub $(HUB) --output $(RESULTS) --quiet $(flags) \
-	    --epochs $(or $(EPOCHS),30) > $(RESULTS)/$*.log
+	    --epochs $(or $(EPOCHS),20) > $(RESULTS)/$*.log
 
 clean:
 	rm -rf $(DEMO) $(ZERO) .cache .pytest_cache

@@ -4,10 +4,11 @@
     python benchmark.py --table --output runs/results
 
 Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
-stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), theta0 (fine-tune the backbone), best-module
-(fine-tune the module with the largest weight: pair-wise transfer), scratch (the backbone's architecture, fresh), cgcnn
-(from scratch); and what one would use instead (baselines.py): magpie (trees), chgnet-svr (frozen features of CHGNet,
-which needs `make teacher`). All get the same rows, and the networks the same budget of epochs.
+stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-scaled (compose.py --select scaled), theta0
+(fine-tune the backbone), best-module (fine-tune the module with the largest weight: pair-wise transfer), scratch (the
+backbone's architecture, fresh), cgcnn (from scratch); and what one would use instead (baselines.py): magpie (trees),
+chgnet-svr (frozen features of CHGNet, which needs `make teacher`). All get the same rows, and the networks the same
+budget of epochs.
 """
 
 import csv
@@ -33,7 +34,7 @@ from tasks import TRANSFORMS, get_task, inverse, unit_of
 
 WRITES = ("config.json", "table.md", "runs.csv")
 BASELINES = ("magpie", "chgnet-svr")
-METHODS = ("moma-full", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
+METHODS = ("moma-full", "moma-scaled", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
     "expt_bandgap": (0.471, 0.374, 0.358, 0.305),
@@ -62,7 +63,7 @@ class Config:
     tasks: str = ""  # JSON file with more tasks
     splits: str = ""  # folder with TASK/seedK.json [published ones, else 70/15/15 by the seed]
     seeds: str = "0,1,2"  # of the split and of the training
-    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn,magpie"  # also: best-module, chgnet-svr
+    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn,magpie"  # also: moma-scaled, best-module, chgnet-svr
     hub: str = "hub"
     output: str = "runs/benchmark"
     cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
@@ -142,7 +143,8 @@ def one_run(cfg, method, task, name, seed):
 def composed(cfg, kind, name, seed, shared):
     """composition.json of the module composed for this split; made once."""
     folder = Path(cfg.output) / "composed" / kind / name.lower() / f"seed{seed}"
-    return compose.run(compose.Config(**shared, kind=kind, folds=0, output=str(folder)))
+    how = dict(kind="full", select="scaled") if kind == "scaled" else dict(kind=kind)
+    return compose.run(compose.Config(**shared, **how, folds=0, output=str(folder)))
 
 
 def baseline(cfg, method, settings, folder):
@@ -333,7 +335,7 @@ def merges(root):
     """Leave-one-out errors on the training rows, mean squared error / variance of the labels, mean over the seeds."""
     head = ["task, kind", "mixture", "composed module", "best module", "theta_0", "merge gap", "largest weights"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for kind in ("full", "adapter"):
+    for kind in ("full", "scaled", "adapter"):
         pictures = {}
         for folder in sorted((root / "composed" / kind).glob("*")):
             cure = "delete that folder and run the benchmark again"

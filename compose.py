@@ -12,6 +12,8 @@ m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a 
 Merge gap: what the merged module loses against the mixture of predictions that its weights were chosen for.
 Recommended start: the composed module, unless theta_0 or the best single module has a leave-one-out error lower by
 more than two standard errors of the paired difference over the rows (report.py, `recommend`).
+--select scaled, ours: modules that moved from theta_0 in different directions average to one that has hardly moved;
+this takes the same average further from theta_0, as far as the leave-one-out error of the merged module falls.
 """
 
 import hashlib
@@ -47,6 +49,7 @@ from train_module import Features, encode, finished, label_card, loader, plan_ba
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
 DENSE = 2000  # modules up to which D'D goes to cvxpy; a sparse active set above
+SCALES = (1.25, 1.5, 1.75, 2.0, 2.5)  # beside 1, with --select scaled
 CACHE_VERSION = 1  # raise when embeddings of the same tensors change
 
 
@@ -57,7 +60,7 @@ class Config(TaskConfig):
     output: str = ""  # folder of the composed module [runs/composed/TASK]; of several: the folder above
     kind: Literal["", "full", "adapter"] = ""  # only these modules [full, in a hub that has both]
     modules: str = ""  # only these: a,b,c
-    select: Literal["amc", "average", "all", "random"] = "amc"  # ablation; average: AMC's modules, equal weights
+    select: Literal["amc", "scaled", "average", "all", "random"] = "amc"  # scaled: ours; the rest: the ablation
     neighbors: Positive = 5  # K (2.3)
     temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
     bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
@@ -207,9 +210,17 @@ def merge(modules, w):
     return {k: x.to(kind.get(k, x.dtype)) for k, x in total.items()}
 
 
+def stretch(g_D, theta_0, s: float):
+    """theta_0 + s (g_D - theta_0): further along what the modules have in common (Ilharco et al. 2023). s = 1 is g_D."""
+    if s == 1:
+        return g_D
+    of = {k: theta_0[k].double() for k, x in g_D.items() if x.is_floating_point()}
+    return {k: (of[k] + s * (x.double() - of[k])).to(x.dtype) if k in of else x for k, x in g_D.items()}
+
+
 def select(w, how: str, seed: int = 0):
     """The paper's ablation: AMC's weights; equal ones on AMC's modules, on all, on as many drawn at random."""
-    if how == "amc":
+    if how in ("amc", "scaled"):
         return w
     chosen = w > 0
     if how == "all":
@@ -217,7 +228,7 @@ def select(w, how: str, seed: int = 0):
     elif how == "random":
         chosen = np.isin(np.arange(len(w)), np.random.default_rng(seed).choice(len(w), chosen.sum(), replace=False))
     elif how != "average":
-        raise UserError(f"--select {how}: amc, average, all or random")
+        raise UserError(f"--select {how}: amc, scaled, average, all or random")
     return chosen / chosen.sum()
 
 
@@ -417,10 +428,20 @@ def compose_for(cfg, cards, crystals, rows, embed):
     D = standardise(amc["Y_hat"], y)
     alone = (D**2).mean(axis=0)
     best = int(alone.argmin())
-    squares = {"composed": squares_of("(composed)", merged_key(cards, w), lambda: g_D)}
-    if w[best] < 1:  # else it is the composed module
-        squares[names[best]] = D[:, best] ** 2
     theta_0 = Path(cfg.hub) / hub.BACKBONE
+    steps = {1.0: squares_of("(composed)", merged_key(cards, w), lambda: g_D)}
+    if cfg.select == "scaled":
+        if not theta_0.is_dir():
+            raise MissingError(f"--select scaled: needs theta_0, but there is no {theta_0}; --select amc does not")
+        origin = hub.load_tensors(theta_0, hub.ADAPTERS if some["kind"] == "adapter" else hub.MAIN)
+        for s in SCALES:
+            steps[s] = squares_of("(composed)", [merged_key(cards, w), s], partial(stretch, g_D, origin, s))
+    scale = min(steps, key=lambda s: steps[s].mean())
+    if scale != 1:
+        g_D = stretch(g_D, origin, scale)
+    squares = {"composed": steps[scale]}
+    if w[best] < 1 or scale != 1:  # else it is the composed module
+        squares[names[best]] = D[:, best] ** 2
     if theta_0.is_dir():
         load = {"full": lambda: hub.load_tensors(theta_0), "adapter": lambda: None}[some["kind"]]
         squares["theta_0"] = squares_of("(theta_0)", some["backbone_sha256"], load)
@@ -439,6 +460,8 @@ def compose_for(cfg, cards, crystals, rows, embed):
     other = min(better, key=means.get, default="")
     alternative = f"{other}, error {means[other]:.3f}" if other else ""
     verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
+    if large and cfg.select == "amc":
+        verdict[-1] += "; --select scaled --overwrite may close it"
     verdict.append(start_verdict(recommended, compared, means))
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
     fields = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
@@ -450,7 +473,8 @@ def compose_for(cfg, cards, crystals, rows, embed):
         "best_single": names[best], "errors": errors, "recommended": recommended, "compared": compared,
         "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
         "frank_wolfe_gap": amc["gap"], "solver": amc["solver"], "backbone_sha256": some["backbone_sha256"],
-        "neighbors": min(cfg.neighbors, len(y) - 1),
+        "neighbors": min(cfg.neighbors, len(y) - 1), "scale": scale,
+        "scales": {f"{s:g}": float(x.mean()) for s, x in steps.items()},
         **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
         "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(rows)},
         "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},

@@ -15,7 +15,7 @@ import hub
 import report
 import sources
 import stage
-from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
+from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise, stretch
 from crystals import load_crystals
 from files import UserError
 from model import preset
@@ -172,8 +172,16 @@ def test_select_is_the_papers_ablation():
     drawn = select(w, "random", seed=3)
     assert sorted(drawn.tolist()) == [0, 0, 0.5, 0.5] and drawn.tolist() == select(w, "random", seed=3).tolist()
     assert len({tuple(select(w, "random", seed=s)) for s in range(20)}) > 1
+    assert select(w, "scaled").tolist() == w.tolist()
     with pytest.raises(ValueError, match="--select best"):
         select(w, "best")
+
+
+def test_stretching_goes_on_from_theta_0_and_leaves_integers_alone():
+    g_D, theta_0 = ({"x": torch.tensor([a, 5.0]), "n": torch.tensor(n)} for a, n in ((3.0, 7), (1.0, 6)))
+    assert stretch(g_D, theta_0, 1) is g_D
+    far = stretch(g_D, theta_0, 2.5)
+    assert far["x"].tolist() == [6.0, 5.0] and far["x"].dtype == torch.float32 and int(far["n"]) == 7
 
 
 def test_a_large_merge_gap_is_said_aloud():
@@ -366,6 +374,29 @@ def test_one_module_is_returned_bit_for_bit(made, tmp_path):
     result = compose.run(config(made, tmp_path / "composed", modules="c", bootstrap=0))
     assert (tmp_path / "composed/module.safetensors").read_bytes() == (made[1] / "c/module.safetensors").read_bytes()
     assert result["merge_gap"] == 0 and result["modules"]["c"]["weight"] == 1
+
+
+def test_scaled_takes_the_step_from_theta_0_with_the_lowest_leave_one_out_error(made, tmp_path):
+    kind, where, _ = made
+    plain = compose.run(config(made, tmp_path / "plain"))
+    found = compose.run(config(made, tmp_path / "scaled", select="scaled"))
+    assert plain["scale"] == 1 and plain["scales"] == {"1": plain["errors"]["composed"]}
+    errors = {float(s): e for s, e in found["scales"].items()}
+    assert list(errors) == [1, *compose.SCALES] and errors[1] == plain["errors"]["composed"]
+    s = min(errors, key=errors.get)
+    assert found["scale"] == s and found["errors"]["composed"] == errors[s] < errors[1]
+    assert {n: x["weight"] for n, x in found["modules"].items()} == {n: x["weight"] for n, x in plain["modules"].items()}
+    origin = hub.load_tensors(where / "backbone", hub.ADAPTERS if kind == "adapter" else hub.MAIN)
+    g_D = hub.load_tensors(tmp_path / "scaled")
+    assert all(torch.equal(g_D[k], x) for k, x in stretch(hub.load_tensors(tmp_path / "plain"), origin, s).items())
+
+
+def test_scaled_needs_theta_0(made, tmp_path):
+    kind, where, cache = made
+    shutil.copytree(where, tmp_path / "hub", ignore=shutil.ignore_patterns("backbone"))
+    words = "--select scaled: needs theta_0, but there is no" if kind == "full" else "theta_0"  # as all adapters do
+    with pytest.raises(UserError, match=words):
+        compose.run(config((kind, tmp_path / "hub", cache), tmp_path / "out", select="scaled"))
 
 
 def test_variants_few_shot_and_neighbours(made, tmp_path):
