@@ -128,12 +128,13 @@ demo-compose:
 	@echo "--- stage 2b: fine-tune, $(DEMO_EPOCHS) epochs; then two more splits"
 	$(PY) finetune.py --task dielectric --hub $(HUB) --init $(DEMO)/composed/$(first) --output $(DEMO)/moma-$(first) \
 	    $(quick) --resume $(ARGS)
-	@$(demo_run) moma-full $(demo_lines)
+	@$(demo_run) moma-full --seeds 0,1 $(demo_lines)
 
-# at the same time, in a second process: without modules, and without networks
+# at the same time, in a second process: without modules, without networks, and the last split
 demo-others:
 	@$(demo_run) theta0 $(demo_lines)
 	@$(demo_run) magpie $(demo_lines)
+	@$(demo_run) moma-full --seeds 2 $(demo_lines)
 
 demo_run   = $(PY) benchmark.py --task dielectric --hub $(HUB) $(quick) --output $(DEMO) --quiet $(ARGS) --methods
 demo_lines = | grep --line-buffered 'seed[0-9]*$$'
