@@ -11,7 +11,6 @@ chgnet-svr (frozen features of CHGNet, which needs `make teacher`). All get the 
 budget of epochs.
 """
 
-import csv
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -304,11 +303,11 @@ def unseen(root, found, best="moma-full") -> str:
         for seed in runs.get(best, ()):
             of = {m: root / m / task / f"seed{seed}" for m in runs if seed in runs[m]}
             label = TRANSFORMS[read_json(of[best] / "module.json", "the card of a run")["transform"]][0]
-            tested = {m: read_columns(folder / "predictions_test.csv") for m, folder in of.items()}
-            new = np.array(tested[best]["seen"]) == "0"
+            tested = {m: evaluate.read_columns(folder / "predictions_test.csv") for m, folder in of.items()}
+            new = tested[best].get("seen", np.array([])) == "0"  # runs of an earlier release do not say
             rows += new.tolist()
             for m in tested if new.any() else ():
-                y, prediction = (label(np.array(tested[m][k], float)[new]) for k in ("target", "prediction"))
+                y, prediction = (label(tested[m][k].astype(float)[new]) for k in ("target", "prediction"))
                 error.setdefault((task, m), []).append(np.abs(y - prediction).mean())
     said = []
     for other in (m for m in METHODS if m != best):
@@ -317,11 +316,6 @@ def unseen(root, found, best="moma-full") -> str:
             said.append(f"{np.mean(gain):.1%} over {other}")
     what = f"on {sum(rows)} of {len(rows)} test crystals, which nothing in {best}'s start was trained on"
     return f"- {what}: mean gain {', '.join(said)}" * bool(said)
-
-
-def read_columns(path):
-    with open(path, newline="") as f:
-        return {name: values for name, *values in zip(*csv.reader(f), strict=True)}
 
 
 def coverage(found) -> str:

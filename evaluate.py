@@ -18,7 +18,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from files import VERSION, UserError, csv_text, png, read_json, whole_folder, write_json
+from files import VERSION, UserError, csv_text, png, read_json, reading, whole_folder, write_json
 from stage import compare, number, say, work_folder
 
 import numpy as np
@@ -67,8 +67,7 @@ def write_folds(cfg, target, record, origins, crystals, folds):
     cards, parts = [], []
     for k, (origin, splits) in enumerate(zip(origins, folds, strict=True)):
         path, test = work / f"fold{k}", splits["test"]
-        with open(path / "predictions_test.csv", newline="") as f:
-            columns = {name: np.array(values) for name, *values in zip(*csv.reader(f), strict=True)}
+        columns = read_columns(path / "predictions_test.csv")
         prediction[test] = transform(task, columns["prediction"].astype(float))
         sigma[test], fold[test] = columns["difficulty"].astype(float), k
         cards.append(hub.read_card(path))
@@ -239,6 +238,12 @@ def predictions_csv(crystals, index, y, prediction, sigma=None, q=None, **more) 
         columns["difficulty"] = sigma.tolist()
     columns |= {name: ["" if np.isnan(x) else int(x) for x in values] for name, values in more.items()}
     return csv_text(list(columns), zip(*columns.values(), strict=True)).encode()
+
+
+def read_columns(path):
+    """{column: (M,) strings} of a file of predictions."""
+    with reading(path, "the predictions of a run", "delete that folder and run it again"), open(path, newline="") as f:
+        return {name: np.array(values) for name, *values in zip(*csv.reader(f), strict=True)}
 
 
 def sentence(metrics) -> str:

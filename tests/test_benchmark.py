@@ -124,3 +124,8 @@ def test_gains_on_unseen_crystals_are_of_rows_that_nothing_in_the_start_was_trai
         path = tmp_path / f"moma-full/a/seed{seed}/predictions_test.csv"
         path.write_text(path.read_text().replace(",0\n", ",\n"))  # not known: not unseen
     assert benchmark.unseen(tmp_path, found) == ""
+    path.write_text("id,target,prediction\nx,1,2\n")  # an earlier release's
+    assert benchmark.unseen(tmp_path, found) == ""
+    path.unlink()
+    with pytest.raises(UserError, match="moma-full/a/seed1/predictions_test.csv"):
+        benchmark.unseen(tmp_path, found)
