@@ -377,6 +377,8 @@ def composed_module(cfg, cards, crystals, embed, rows, seen, splits, record):
     result["notes"].append(leakage_verdict(result["leakage"], splits))
     card = new_card(cfg, cards, crystals, splits, record) | {"weights": list(parents.values())}
     card |= from_parents(cfg, {name: cards[name] for name in parents})
+    if cfg.select == "scaled":
+        card["training"]["scale"] = result["scale"]
     card["seconds"] = round(time.monotonic() - began, 1)
     files = {"composition.json": result, "weights.png": draw_weights(result)}
     theta_0 = Path(cfg.hub) / hub.BACKBONE
@@ -435,7 +437,9 @@ def compose_for(cfg, cards, crystals, rows, embed):
             raise MissingError(f"--select scaled: needs theta_0, but there is no {theta_0}; --select amc does not")
         origin = hub.load_tensors(theta_0, hub.ADAPTERS if some["kind"] == "adapter" else hub.MAIN)
         for s in SCALES:
-            steps[s] = squares_of("(composed)", [merged_key(cards, w), s], partial(stretch, g_D, origin, s))
+            further = "(composed)", [merged_key(cards, w), s], partial(stretch, g_D, origin, s)
+            if np.isfinite(embed(*further[1:])).all():  # a network that was stretched too far is no candidate
+                steps[s] = squares_of(*further)
     scale = min(steps, key=lambda s: steps[s].mean())
     if scale != 1:
         g_D = stretch(g_D, origin, scale)

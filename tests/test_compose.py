@@ -387,8 +387,20 @@ def test_scaled_takes_the_step_from_theta_0_with_the_lowest_leave_one_out_error(
     assert found["scale"] == s and found["errors"]["composed"] == errors[s] < errors[1]
     assert {n: x["weight"] for n, x in found["modules"].items()} == {n: x["weight"] for n, x in plain["modules"].items()}
     origin = hub.load_tensors(where / "backbone", hub.ADAPTERS if kind == "adapter" else hub.MAIN)
+    assert hub.read_card(tmp_path / "scaled")["training"]["scale"] == s
     g_D = hub.load_tensors(tmp_path / "scaled")
     assert all(torch.equal(g_D[k], x) for k, x in stretch(hub.load_tensors(tmp_path / "plain"), origin, s).items())
+
+
+def test_scaled_leaves_out_a_step_whose_representations_are_not_finite(made, tmp_path, monkeypatch):
+    def too_far(g_D, theta_0, s):
+        far = stretch(g_D, theta_0, s)
+        return {k: x * torch.nan if s > 2 and x.is_floating_point() else x for k, x in far.items()}
+
+    monkeypatch.setattr(compose, "stretch", too_far)
+    kind, where, _ = made
+    found = compose.run(config((kind, where, tmp_path / "cache"), tmp_path / "out", select="scaled"))
+    assert list(found["scales"]) == ["1", "1.25", "1.5", "1.75", "2"]
 
 
 def test_scaled_needs_theta_0(made, tmp_path):
