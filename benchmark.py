@@ -7,8 +7,9 @@ Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an i
 stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-scaled (compose.py --select scaled), theta0
 (fine-tune the backbone), best-module (fine-tune the module with the largest weight: pair-wise transfer), scratch (the
 backbone's architecture, fresh), cgcnn (from scratch); and what one would use instead (baselines.py): magpie (trees),
-chgnet-svr (frozen features of CHGNet, which needs `make teacher`). All get the same rows, and the networks the same
-budget of epochs.
+chgnet-svr (support vector regression on frozen features of CHGNet, which needs `make teacher`). moma-svr, theta0-svr:
+the same regression on frozen representations of the composed module and of theta_0, which shows what composing brings
+before any fine-tuning. All get the same rows, and the networks the same budget of epochs.
 """
 
 import json
@@ -19,8 +20,8 @@ from typing import Literal
 
 from files import (VERSION, MissingError, UserError, csv_text, read_json, reading, whole_folder, write_json,
                    write_text)
-from stage import (LearningRate, Positive, TaskConfig, Whole, check_settings, compare, main, rests_on, say, split_rows,
-                   stage_of, written_by)
+from stage import (LearningRate, Positive, TaskConfig, Whole, check_settings, compare, main, read_task, rests_on, say,
+                   split_rows, stage_of, written_by)
 
 import numpy as np
 
@@ -28,11 +29,12 @@ import baselines
 import compose
 import evaluate
 import finetune
+import hub
 from crystals import load_crystals
 from tasks import TRANSFORMS, get_task, inverse, unit_of
 
 WRITES = ("config.json", "table.md", "runs.csv")
-BASELINES = ("magpie", "chgnet-svr")
+BASELINES = ("magpie", "chgnet-svr", "moma-svr", "theta0-svr")  # nothing is fine-tuned
 METHODS = ("moma-full", "moma-scaled", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
@@ -62,7 +64,7 @@ class Config:
     tasks: str = ""  # JSON file with more tasks
     splits: str = ""  # folder with TASK/seedK.json [published ones, else 70/15/15 by the seed]
     seeds: str = "0,1,2"  # of the split and of the training
-    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn,magpie"  # also: moma-scaled, best-module, chgnet-svr
+    methods: str = "moma-full,moma-adapter,theta0,scratch,cgcnn,magpie"  # of those above
     hub: str = "hub"
     output: str = "runs/benchmark"
     cache: str = ""  # folder of parsed rows, graphs and embeddings [.cache]
@@ -105,7 +107,8 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    parts = [table(found), "\n".join(part for part in (gains(found), unseen(output, found), coverage(found)) if part)]
+    said = gains(found), gains(found, "moma-svr", ["theta0-svr"]), unseen(output, found), coverage(found)
+    parts = [table(found), "\n".join(part for part in said if part)]
     if (output / "composed").is_dir():
         parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
     text = "\n\n".join(part for part in parts if part)
@@ -123,7 +126,7 @@ def one_run(cfg, method, task, name, seed):
                   few_shot=cfg.few_shot, device=cfg.device, quiet=cfg.quiet)  # fmt: skip
     folder = Path(cfg.output) / method / name.lower() / f"seed{seed}"
     if method in BASELINES:
-        return baseline(cfg, method, TaskConfig(**shared), folder)
+        return baseline(cfg, method, TaskConfig(**shared), folder, name)
     shared["overwrite"] = cfg.overwrite
     how = dict(init="backbone")
     if method.startswith("moma-"):
@@ -146,12 +149,17 @@ def composed(cfg, kind, name, seed, shared):
     return compose.run(compose.Config(**shared, **how, folds=0, output=str(folder)))
 
 
-def baseline(cfg, method, settings, folder):
-    """A run without a network, with a fine-tuned run's files. What is finished is kept, or refused, in the same way."""
+def baseline(cfg, method, settings, folder, name):
+    """A run that fine-tunes nothing, with a fine-tuned run's files. What is finished is kept, or refused, likewise."""
     task = get_task(settings.task, settings.tasks, settings.data)
     crystals = load_crystals(task, settings.limit, quiet=cfg.quiet, cache_dir=cfg.cache)
     splits, task, y = split_rows(settings, crystals), crystals.task, crystals.y
     record = {"method": method, "seed": settings.seed, **rests_on(crystals, splits)}
+    network = None  # whose representations are the features
+    if method in ("moma-svr", "theta0-svr"):
+        made = method == "moma-svr" and composed(cfg, "full", name, settings.seed, vars(settings))["output"]
+        network = Path(made or hub.module_dir(cfg.hub, hub.BACKBONE))
+        record["init"] = hub.read_card(network)["tensors_sha256"]
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         old = read_json(folder / "config.json", "the settings of a run").get("record")
         compare(old, record, folder, "give another --output, or --overwrite")
@@ -162,7 +170,7 @@ def baseline(cfg, method, settings, folder):
         X = baselines.magpie_features(crystals, cfg.cache)
         prediction = baselines.magpie_trees(X, y, train, rows, settings.seed)
     else:
-        X = baselines.chgnet_features(crystals, cfg.cache)
+        X = representations(settings, network) if network else baselines.chgnet_features(crystals, cfg.cache)
         prediction = baselines.support_vector_regression(X, y, train, val, rows)
     metrics = {"task": task.name, "init": method, "epochs": None, "best_epoch": None, "unit": unit_of(task)}
     metrics |= {"seconds": time.perf_counter() - began, "budget": {k: getattr(cfg, k) for k in ("limit", "few_shot")}}
@@ -182,6 +190,14 @@ def baseline(cfg, method, settings, folder):
         for name, text in files.items():
             write_text(new / name, text)
     show(metrics, folder)
+
+
+def representations(settings, network):
+    """(M, C): of all crystals of the task, under the module in the folder `network`."""
+    card = hub.read_card(network)
+    crystals, dataset = read_task(settings, card["architecture"])
+    embed = compose.make_embed(settings, card | {"kind": "full"}, dataset, np.arange(len(crystals)))
+    return embed(card["tensors_sha256"], lambda: hub.load_tensors(network))
 
 
 def show(metrics, folder):
@@ -273,13 +289,13 @@ def mean_mae(seeds, of=None) -> float:
     return float(np.mean([metrics["test_mae"] for seed, metrics in seeds.items() if of is None or seed in of]))
 
 
-def gains(found, best="moma-full") -> str:
+def gains(found, best="moma-full", others=METHODS) -> str:
     """A line for each other method: mean over the tasks of 1 - MAE / its MAE, on the seeds that both have.
 
     Of one task: mean and standard deviation over its splits; a mean within that spread is said to be no difference.
     """
     lines = []
-    for other in (m for m in METHODS if m != best):
+    for other in (m for m in others if m != best):
         gain = []
         for runs in (runs for runs in found.values() if best in runs and other in runs):
             seeds = runs[best].keys() & runs[other].keys()

@@ -5,9 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import benchmark
+import hub
+from data import collate
 from files import UserError
+from stage import read_task
 
 TASK = "demo_optical_gap"
 
@@ -72,6 +76,9 @@ def test_gains_are_means_over_tasks_of_the_seeds_that_both_have():
         "- gain of moma-full over magpie: mean 50.0%, better on 1 of 1 tasks",
     ]
     assert benchmark.gains({"c": found["c"]}) == ""
+    frozen = {"a": {"moma-svr": runs(0.9), "theta0-svr": runs(1.2), "theta0": runs(1.0)}}
+    line = "- gain of moma-svr over theta0-svr: mean 25.0%, better on 1 of 1 splits"
+    assert benchmark.gains(frozen, "moma-svr", ["theta0-svr"]) == line
 
 
 def test_of_one_task_the_gain_has_a_spread_over_its_splits_and_what_lies_inside_is_said_to_be_none():
@@ -129,3 +136,16 @@ def test_gains_on_unseen_crystals_are_of_rows_that_nothing_in_the_start_was_trai
     path.unlink()
     with pytest.raises(UserError, match="moma-full/a/seed1/predictions_test.csv"):
         benchmark.unseen(tmp_path, found)
+
+
+def test_frozen_representations_are_those_of_the_network_in_the_folder(home, tmp_path):
+    """moma-svr and theta0-svr: the mean over the atoms of what the head reads, crystal by crystal."""
+    hub_folder = home.root / "hub"
+    own = benchmark.TaskConfig(task=TASK, data="demo", limit=12, hub=str(hub_folder), cache=str(tmp_path), quiet=True)
+    for name in (hub.BACKBONE, "full"):
+        X = benchmark.representations(own, hub_folder / name)
+        network = hub.load_module(hub_folder / name).backbone.eval()
+        _, dataset = read_task(own, network.arch)
+        with torch.no_grad():
+            alone = torch.cat([network.embed(collate([dataset[i]])) for i in range(12)])
+        np.testing.assert_allclose(X, alone.numpy(), rtol=1e-4, atol=1e-5)
