@@ -102,8 +102,8 @@ predict: setup
 # ------------------------------------- the demo: the shipped hub and table, the paper's row "Dielectric Constant"
 
 DEMO        = runs/demo
-DEMO_EPOCHS ?= 10
-# a sixth of the default's epochs, hence larger steps
+DEMO_EPOCHS ?= 6
+# a tenth of the default's epochs, hence larger steps
 quick       = --epochs $(DEMO_EPOCHS) --lr 1e-3
 first       = full/mp_eps_total/seed0
 # with other settings than before: make demo ARGS=--overwrite
@@ -115,7 +115,7 @@ demo: | $(VENV)/done
 	@echo "--- the hub: modules that were trained from one theta_0"
 	$(PY) hub.py list --hub $(HUB)
 	@mkdir -p $(DEMO)
-	@$(MAKE) --no-print-directory -j2 demo-compose demo-others
+	@$(MAKE) --no-print-directory -j3 demo-compose demo-theta0 demo-others
 	@$(PY) benchmark.py --table --output $(DEMO)
 	@echo "--- two crystals: CaF2 is in the table (8.06, validation row of this split), MgO is not (measured: 9.8)"
 	$(PY) predict.py --model $(DEMO)/moma-$(first) examples --output $(DEMO)/predictions
@@ -130,9 +130,12 @@ demo-compose:
 	    $(quick) --resume $(ARGS)
 	@$(demo_run) moma-full --seeds 0,1 $(demo_lines)
 
-# at the same time, in a second process: without modules, without networks, and the last split
-demo-others:
+# at the same time: without modules
+demo-theta0:
 	@$(demo_run) theta0 $(demo_lines)
+
+# and without networks; then the last split, which waits for representations that demo-compose is computing
+demo-others:
 	@$(demo_run) magpie $(demo_lines)
 	@$(demo_run) moma-full --seeds 2 $(demo_lines)
 
@@ -142,6 +145,7 @@ demo_lines = | grep --line-buffered 'seed[0-9]*$$'
 # ------------------------------------------ every stage from nothing: embedded crystals (toy labels, not DFT), minutes
 
 ZERO       = runs/from-zero
+ZERO_SEEDS ?= 0,1,2
 ZERO_HUB   = demo_ewald demo_lattice_energy demo_volume demo_dielectric demo_gap demo_phonon
 ZERO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRESET=tiny DATA=demo \
@@ -149,13 +153,13 @@ zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRES
 
 from-zero: | $(VENV)/done
 	@echo "--- stage 0: theta_0, pre-trained on toy energies and forces"
-	@$(zero_make) backbone PRETRAIN_ARGS="--epochs 14 --quiet"
+	@$(zero_make) backbone PRETRAIN_ARGS="--epochs 7 --quiet"
 	@echo "--- stage 1: six full modules, then six adapter modules, two at a time"
 	@$(zero_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
 	@$(zero_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
 	@$(PY) hub.py list --hub $(ZERO)/hub
-	@echo "--- stage 2: compose and fine-tune, three tasks, four methods, three splits"
-	@$(zero_make) -j2 $(ZERO_TASKS:%=from-zero-%)
+	@echo "--- stage 2: compose and fine-tune, three tasks, four methods, splits $(ZERO_SEEDS)"
+	@$(zero_make) -j3 $(ZERO_TASKS:%=from-zero-%)
 	@echo "--- predict two crystals that no task holds"
 	@$(PY) -c "import demo; demo.write_examples('$(ZERO)/my_crystals')"
 	$(PY) predict.py --model $(ZERO)/moma-full/demo_refractive_index/seed0 $(ZERO)/my_crystals --output $(ZERO)/predictions
@@ -165,9 +169,9 @@ from-zero: | $(VENV)/done
 	@echo "plots: $(ZERO)/heat_map_full.png $(ZERO)/heat_map_adapter.png $(ZERO)/moma-full/*/seed0/parity.png"
 
 $(ZERO_TASKS:%=from-zero-%): from-zero-%:
-	@echo "$*: 12 runs, progress in $(ZERO)/$*.log"
+	@echo "$*: progress in $(ZERO)/$*.log"
 	@$(PY) benchmark.py --task $* --data demo --hub $(ZERO)/hub --output $(ZERO) \
-	    --methods moma-full,moma-adapter,theta0,scratch --epochs 60 --quiet > $(ZERO)/$*.log
+	    --methods moma-full,moma-adapter,theta0,scratch --seeds $(ZERO_SEEDS) --epochs 60 --quiet > $(ZERO)/$*.log
 	@grep -h "seed0$$" $(ZERO)/$*.log
 
 # the same hub from a theta_0 that was hardly trained: how well its modules merge
@@ -182,7 +186,7 @@ from-zero-random: | $(VENV)/done
 RESULTS       = runs/results
 RESULTS_TASKS = jarvis_2d_dielectric_opt jarvis_2d_eform jarvis_2d_exfoliation jarvis_2d_gap_opt mp_eps_electronic \
                 mp_eps_total mp_phonons mp_poly_electronic mp_poly_total
-METHODS      ?= moma-full,moma-scaled,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr
+METHODS      ?= moma-full,moma-scaled,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr,moma-svr,theta0-svr
 
 results: | $(VENV)/done $(VENV)/teacher
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(RESULTS_TASKS:%=results-%)
@@ -196,4 +200,4 @@ results-%: | $(VENV)/done
 clean:
 	rm -rf $(DEMO) $(ZERO) .cache .pytest_cache
 
-.PHONY: help setup teacher test demo demo-compose demo-others from-zero from-zero-random backbone hub compose finetune predict results clean
+.PHONY: help setup teacher test demo demo-compose demo-theta0 demo-others from-zero from-zero-random backbone hub compose finetune predict results clean
