@@ -146,6 +146,8 @@ demo_lines = | grep --line-buffered 'seed[0-9]*$$'
 
 ZERO       = runs/from-zero
 ZERO_SEEDS ?= 0,1,2
+# of theta_0, the modules, the fine-tuned models
+ZERO_EPOCHS ?= 7 12 60
 ZERO_HUB   = demo_ewald demo_lattice_energy demo_volume demo_dielectric demo_gap demo_phonon
 ZERO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRESET=tiny DATA=demo \
@@ -153,10 +155,10 @@ zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRES
 
 from-zero: | $(VENV)/done
 	@echo "--- stage 0: theta_0, pre-trained on toy energies and forces"
-	@$(zero_make) backbone PRETRAIN_ARGS="--epochs 7 --quiet"
+	@$(zero_make) backbone PRETRAIN_ARGS="--epochs $(word 1,$(ZERO_EPOCHS)) --quiet"
 	@echo "--- stage 1: six full modules, then six adapter modules, two at a time"
-	@$(zero_make) -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
-	@$(zero_make) -j2 hub KIND=adapter EPOCHS=12 ARGS=--quiet
+	@$(zero_make) -j2 hub KIND=full EPOCHS=$(word 2,$(ZERO_EPOCHS)) ARGS=--quiet
+	@$(zero_make) -j2 hub KIND=adapter EPOCHS=$(word 2,$(ZERO_EPOCHS)) ARGS=--quiet
 	@$(PY) hub.py list --hub $(ZERO)/hub
 	@echo "--- stage 2: compose and fine-tune, three tasks, four methods, splits $(ZERO_SEEDS)"
 	@$(zero_make) -j3 $(ZERO_TASKS:%=from-zero-%)
@@ -171,7 +173,8 @@ from-zero: | $(VENV)/done
 $(ZERO_TASKS:%=from-zero-%): from-zero-%:
 	@echo "$*: progress in $(ZERO)/$*.log"
 	@$(PY) benchmark.py --task $* --data demo --hub $(ZERO)/hub --output $(ZERO) \
-	    --methods moma-full,moma-adapter,theta0,scratch --seeds $(ZERO_SEEDS) --epochs 60 --quiet > $(ZERO)/$*.log
+	    --methods moma-full,moma-adapter,theta0,scratch --seeds $(ZERO_SEEDS) --quiet \
+	    --epochs $(word 3,$(ZERO_EPOCHS)) > $(ZERO)/$*.log
 	@grep -h "seed0$$" $(ZERO)/$*.log
 
 # the same hub from a theta_0 that was hardly trained: how well its modules merge
