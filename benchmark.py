@@ -157,8 +157,10 @@ def baseline(cfg, method, settings, folder, name):
     record = {"method": method, "seed": settings.seed, **rests_on(crystals, splits)}
     network = None  # whose representations are the features
     if method in ("moma-svr", "theta0-svr"):
-        made = method == "moma-svr" and composed(cfg, "full", name, settings.seed, vars(settings))["output"]
-        network = Path(made or hub.module_dir(cfg.hub, hub.BACKBONE))
+        network = hub.module_dir(cfg.hub, hub.BACKBONE)
+        if method == "moma-svr":
+            how = vars(settings) | {"overwrite": cfg.overwrite}
+            network = Path(composed(cfg, "full", name, settings.seed, how)["output"])
         record["init"] = hub.read_card(network)["tensors_sha256"]
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         old = read_json(folder / "config.json", "the settings of a run").get("record")

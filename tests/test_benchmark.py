@@ -149,3 +149,12 @@ def test_frozen_representations_are_those_of_the_network_in_the_folder(home, tmp
         with torch.no_grad():
             alone = torch.cat([network.embed(collate([dataset[i]])) for i in range(12)])
         np.testing.assert_allclose(X, alone.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_overwrite_composes_again_for_frozen_representations_too(home, tmp_path):
+    own = dict(methods="moma-svr", seeds="0", hub=str(home.root / "hub"), cache=str(tmp_path / "cache"))
+    benchmark.run(settings(tmp_path, **own))
+    with pytest.raises(UserError, match="or --overwrite"):
+        benchmark.run(settings(tmp_path, **own, limit=30))
+    found = benchmark.run(settings(tmp_path, **own, limit=30, overwrite=True))
+    assert found[TASK]["moma-svr"][0]["budget"]["limit"] == 30
