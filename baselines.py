@@ -1,7 +1,7 @@
 """What one would use instead of MoMa, on the same rows: Magpie trees, and a support vector machine on frozen CHGNet.
 
     X = magpie_features(crystals)  # (M, F), no labels
-    prediction = magpie_trees(X, crystals.y, splits["train"], splits["test"], seed=0)
+    prediction = magpie_trees(X, crystals.y, splits["train"], seed=0)[splits["test"]]
 
 Both learn from the training rows alone. M: crystals. F: features. y: (M,) labels in unit_of(task), as predictions are.
 """
@@ -61,13 +61,17 @@ def reduced_formula(Z) -> tuple:
     return tuple((SYMBOLS[z], n // units) for z, n in sorted(counts.items()))
 
 
-def magpie_trees(X, y, train, test, seed) -> np.ndarray:
-    """Extremely randomised trees (Geurts et al. 2006). train, test: positions in X (M, F) and y (M,). Predictions of
-    the test rows, (len(test),)."""
+def magpie_trees(X, y, train, seed, cache="") -> np.ndarray:
+    """Extremely randomised trees (Geurts et al. 2006) on the labels y[train]. train: positions in X (M, F) and y (M,).
+    Predictions of all rows, (M,). cache: folder that keeps them."""
     from sklearn.ensemble import ExtraTreesRegressor
 
     trees = ExtraTreesRegressor(TREES, random_state=seed, n_jobs=1)
-    return trees.fit(X[train], y[train]).predict(X[test])
+    content = [X.shape, np.asarray(train).tolist(), y[train].tolist(), repr(trees), version("scikit-learn")]
+    key = hashlib.sha256(str(content).encode() + X.tobytes()).hexdigest()[:24]
+    folder = cache_folder(cache) / f"trees-{key}"
+    cached_folder(folder, lambda part: np.save(part / "y.npy", trees.fit(X[train], y[train]).predict(X)))
+    return np.load(folder / "y.npy")
 
 
 # ---------------------------------------------------------------- frozen CHGNet

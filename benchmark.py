@@ -170,7 +170,7 @@ def baseline(cfg, method, settings, folder, name):
     rows = np.concatenate([val, splits["test"]])
     if method == "magpie":
         X = baselines.magpie_features(crystals, cfg.cache)
-        prediction = baselines.magpie_trees(X, y, train, rows, settings.seed)
+        prediction = baselines.magpie_trees(X, y, train, settings.seed, cfg.cache)[rows]
     else:
         X = representations(settings, network) if network else baselines.chgnet_features(crystals, cfg.cache)
         prediction = baselines.support_vector_regression(X, y, train, val, rows)

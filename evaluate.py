@@ -161,7 +161,8 @@ def magpie(cfg, crystals, folds):
     """(M,) predictions of Magpie trees from the same training rows; NaN for rows that no fold tests."""
     X, found = magpie_features(crystals, cfg.cache), np.full(len(crystals), np.nan)
     for splits in folds:
-        found[splits["test"]] = magpie_trees(X, crystals.y, splits["train"], splits["test"], cfg.seed)
+        trees = magpie_trees(X, crystals.y, splits["train"], cfg.seed, cfg.cache)
+        found[splits["test"]] = trees[splits["test"]]
     return found
 
 

@@ -52,13 +52,25 @@ def waves(M=160):
 
 def test_trees_learn_repeat_with_the_seed_and_see_no_other_rows():
     X, y, train, _, test = waves()
-    prediction = magpie_trees(X, y, train, test, seed=0)
-    assert np.abs(prediction - y[test]).mean() < 0.3 * np.abs(y[train].mean() - y[test]).mean()
-    assert y[train].min() <= prediction.min() and prediction.max() <= y[train].max()
+    prediction = magpie_trees(X, y, train, seed=0)
+    assert np.abs((prediction - y)[test]).mean() < 0.3 * np.abs(y[train].mean() - y[test]).mean()
+    assert y[train].min() <= prediction[test].min() and prediction[test].max() <= y[train].max()
     hidden = np.where(np.isin(np.arange(len(y)), train), y, np.nan)
-    np.testing.assert_array_equal(magpie_trees(X, hidden, train, test, seed=0), prediction)
-    assert (magpie_trees(X, y, train, test, seed=1) != prediction).any()
-    np.testing.assert_allclose(magpie_trees(X, y, train, train, seed=0), y[train])  # each tree sees all of them
+    np.testing.assert_array_equal(magpie_trees(X, hidden, train, seed=0), prediction)
+    assert (magpie_trees(X, y, train, seed=1) != prediction).any()
+    np.testing.assert_allclose(prediction[train], y[train])  # each tree sees all of them
+
+
+def test_trees_are_fitted_once_to_the_same_rows_and_labels(tmp_path, monkeypatch):
+    import sklearn.ensemble
+
+    X, y, train, _, test = waves()
+    first = magpie_trees(X, y, train, seed=0, cache=tmp_path)
+    monkeypatch.setattr(sklearn.ensemble.ExtraTreesRegressor, "fit", None)
+    np.testing.assert_array_equal(magpie_trees(X, y, train, seed=0, cache=tmp_path), first)
+    for other in (dict(X=X + 1), dict(y=y + 1), dict(train=test), dict(seed=1)):
+        with pytest.raises(TypeError):
+            magpie_trees(**dict(X=X, y=y, train=train, seed=0, cache=tmp_path) | other)
 
 
 def test_the_support_vector_machine_learns_in_any_unit_and_sees_no_test_labels():
