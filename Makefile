@@ -189,7 +189,8 @@ from-zero-random: | $(VENV)/done
 RESULTS       = runs/results
 RESULTS_TASKS = jarvis_2d_dielectric_opt jarvis_2d_eform jarvis_2d_exfoliation jarvis_2d_gap_opt mp_eps_electronic \
                 mp_eps_total mp_phonons mp_poly_electronic mp_poly_total
-METHODS      ?= moma-full,moma-scaled,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr,moma-svr,theta0-svr
+FROZEN        = moma-svr,theta0-svr,mixture-svr
+METHODS      ?= moma-full,moma-scaled,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr,$(FROZEN)
 
 results: | $(VENV)/done $(VENV)/teacher
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(RESULTS_TASKS:%=results-%)

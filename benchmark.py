@@ -7,9 +7,10 @@ Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an i
 stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-scaled (compose.py --select scaled), theta0
 (fine-tune the backbone), best-module (fine-tune the module with the largest weight: pair-wise transfer), scratch (the
 backbone's architecture, fresh), cgcnn (from scratch); and what one would use instead (baselines.py): magpie (trees),
-chgnet-svr (support vector regression on frozen features of CHGNet, which needs `make teacher`). moma-svr, theta0-svr:
-the same regression on frozen representations of the composed module and of theta_0, which shows what composing brings
-before any fine-tuning. All get the same rows, and the networks the same budget of epochs.
+chgnet-svr (support vector regression on frozen features of CHGNet, which needs `make teacher`). moma-svr, theta0-svr,
+mixture-svr: the same regression on frozen representations of the composed module, of theta_0, and of all the modules
+that were composed, side by side: what composing brings before any fine-tuning, and what averaging loses. All get the
+same rows, and the networks the same budget of epochs.
 """
 
 import json
@@ -34,7 +35,8 @@ from crystals import load_crystals
 from tasks import TRANSFORMS, get_task, inverse, unit_of
 
 WRITES = ("config.json", "table.md", "runs.csv")
-BASELINES = ("magpie", "chgnet-svr", "moma-svr", "theta0-svr")  # nothing is fine-tuned
+FROZEN = ("moma-svr", "theta0-svr", "mixture-svr")
+BASELINES = ("magpie", "chgnet-svr", *FROZEN)  # nothing is fine-tuned
 METHODS = ("moma-full", "moma-scaled", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
@@ -107,7 +109,7 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    said = gains(found), gains(found, "moma-svr", ["theta0-svr"]), unseen(output, found), coverage(found)
+    said = gains(found), gains(found, "moma-svr", FROZEN), unseen(output, found), coverage(found)
     parts = [table(found), "\n".join(part for part in said if part)]
     if (output / "composed").is_dir():
         parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
@@ -155,13 +157,15 @@ def baseline(cfg, method, settings, folder, name):
     crystals = load_crystals(task, settings.limit, quiet=cfg.quiet, cache_dir=cfg.cache)
     splits, task, y = split_rows(settings, crystals), crystals.task, crystals.y
     record = {"method": method, "seed": settings.seed, **rests_on(crystals, splits)}
-    network = None  # whose representations are the features
-    if method in ("moma-svr", "theta0-svr"):
-        network = hub.module_dir(cfg.hub, hub.BACKBONE)
-        if method == "moma-svr":
+    networks = []  # whose representations are the features
+    if method in FROZEN:
+        networks = [hub.module_dir(cfg.hub, hub.BACKBONE)]
+        if method != "theta0-svr":
             how = vars(settings) | {"overwrite": cfg.overwrite}
-            network = Path(composed(cfg, "full", name, settings.seed, how)["output"])
-        record["init"] = hub.read_card(network)["tensors_sha256"]
+            networks = [Path(composed(cfg, "full", name, settings.seed, how)["output"])]
+        if method == "mixture-svr":
+            networks = [hub.module_dir(cfg.hub, parent["name"]) for parent in hub.read_card(*networks)["parents"]]
+        record["init"] = [hub.read_card(network)["tensors_sha256"] for network in networks]
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         old = read_json(folder / "config.json", "the settings of a run").get("record")
         compare(old, record, folder, "give another --output, or --overwrite")
@@ -172,7 +176,8 @@ def baseline(cfg, method, settings, folder, name):
         X = baselines.magpie_features(crystals, cfg.cache)
         prediction = baselines.magpie_trees(X, y, train, settings.seed, cfg.cache)[rows]
     else:
-        X = representations(settings, network) if network else baselines.chgnet_features(crystals, cfg.cache)
+        found = [representations(settings, network) for network in networks]
+        X = np.concatenate(found or [baselines.chgnet_features(crystals, cfg.cache)], axis=1)
         prediction = baselines.support_vector_regression(X, y, train, val, rows)
     metrics = {"task": task.name, "init": method, "epochs": None, "best_epoch": None, "unit": unit_of(task)}
     metrics |= {"seconds": time.perf_counter() - began, "budget": {k: getattr(cfg, k) for k in ("limit", "few_shot")}}

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import baselines
 import benchmark
+import evaluate
 import hub
 from data import collate
 from files import UserError
@@ -158,3 +160,19 @@ def test_overwrite_composes_again_for_frozen_representations_too(home, tmp_path)
         benchmark.run(settings(tmp_path, **own, limit=30))
     found = benchmark.run(settings(tmp_path, **own, limit=30, overwrite=True))
     assert found[TASK]["moma-svr"][0]["budget"]["limit"] == 30
+
+
+def test_the_mixture_is_of_every_module_that_was_composed_side_by_side(home, tmp_path, monkeypatch):
+    read_card, parents = hub.read_card, {"parents": [{"name": "full"}, {"name": hub.BACKBONE}]}
+    monkeypatch.setattr(benchmark, "composed", lambda *args: {"output": "composed"})
+    monkeypatch.setattr(hub, "read_card", lambda path: parents if str(path) == "composed" else read_card(path))
+    own = dict(hub=str(home.root / "hub"), cache=str(tmp_path / "cache"))
+    benchmark.run(settings(tmp_path, methods="mixture-svr", seeds="0", **own))
+    task = benchmark.TaskConfig(task=TASK, data="demo", limit=40, quiet=True, **own)
+    X = np.hstack([benchmark.representations(task, home.root / "hub" / name) for name in ("full", hub.BACKBONE)])
+    crystals = benchmark.load_crystals(benchmark.get_task(TASK, "", "demo"), 40, quiet=True)
+    at, folder = {int(row): i for i, row in enumerate(crystals.row)}, tmp_path / "out/mixture-svr" / TASK / "seed0"
+    splits = [[at[row] for row in rows] for rows in json.loads((folder / "splits.json").read_text()).values()]
+    expected = baselines.support_vector_regression(X, crystals.y, *map(np.array, splits))
+    found = evaluate.read_columns(folder / "predictions_test.csv")["prediction"].astype(float)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
