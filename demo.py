@@ -170,7 +170,7 @@ def draw(rng, anions, rattle=0.12, closest=0.83):
     names = [p for p, row in PROTOTYPES.items() for _ in range(row[0])]
     name = names[rng.integers(len(names))]
     ions = choose_ions(rng, prototype(name)[0], anions)
-    c = build(name, ions) if ions else None
+    c = build(name, **ions) if ions else None
     if c is None:
         return None
     if rng.random() < 0.3:
@@ -217,8 +217,9 @@ def prototype(name):
     return ["A", "B", "X", "X"], (frac[:, None] + T).reshape(-1, 3) @ np.linalg.inv(sites), sites @ cell
 
 
-def build(name, ions):
-    """The perfect crystal: {"A": "Na", "X": "Cl"} in "rocksalt" has a = 5.66 A. None: the ions do not fit.
+@functools.cache
+def build(name, **ions):
+    """The perfect crystal: build("rocksalt", A="Na", X="Cl") has a = 5.66 A. None: the ions do not fit.
 
     Bonds are sums of radii times (coordination / 6)^(1/8) (Goldschmidt: 0.95 and 1.036 for four- and eight-fold), on
     average over the bonds; longer where anions would else overlap by more than a tenth. Perovskites of a bad tolerance
@@ -287,7 +288,11 @@ def neighbours(c, cutoff):
 
 def box(n):
     """All integer triples with |t_x| <= n_x; n: (3,) floats. Returns (S, 3)."""
-    n1, n2, n3 = (int(k) for k in n)
+    return integers(*map(int, n))
+
+
+@functools.cache
+def integers(n1, n2, n3):
     return np.mgrid[-n1 : n1 + 1, -n2 : n2 + 1, -n3 : n3 + 1].reshape(3, -1).T
 
 

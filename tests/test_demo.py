@@ -32,7 +32,7 @@ def crystals(s):
     ],
 )
 def test_ewald_gives_the_madelung_constant(prototype, ions, madelung):
-    c = demo.build(prototype, ions)
+    c = demo.build(prototype, **ions)
     d = demo.neighbours(c, 5.0)[3].min()
     assert -demo.ewald(c, c.ion["q"]) * d / demo.COULOMB == pytest.approx(madelung, abs=2e-6)
 
@@ -57,7 +57,7 @@ def test_labels_are_the_same_in_a_supercell_and_after_a_rotation(name):
 
 
 def test_table_salt_has_the_textbook_values_of_every_formula():
-    c = demo.build("rocksalt", {"A": "Na", "X": "Cl"})
+    c = demo.build("rocksalt", A="Na", X="Cl")
     assert np.linalg.norm(c.cell[0]) * 2**0.5 == pytest.approx(5.66)  # 2 (1.02 + 1.81)
     assert demo.ewald_energy(c) == pytest.approx(-1.747565 * 14.399645 / 2.83 / 2, rel=1e-5)
     assert demo.lattice_energy(c) == pytest.approx(demo.ewald_energy(c) * (1 - 1 / 8), rel=0.005)  # n = (7 + 9) / 2
@@ -209,6 +209,6 @@ def test_space_groups_of_the_perfect_crystals_are_the_textbook_ones():
         ("half-Heusler", "Li N Zn", 216), ("rocksalt-CuPt", "Na O In", 166), ("rocksalt-CuAu", "Li O Fe", 123),
         ("zincblende-CuAu", "Cu S In", 115),
     ]:  # fmt: skip
-        c = demo.build(prototype, dict(zip("AXB", ions.split())))
+        c = demo.build(prototype, **dict(zip("AXB", ions.split())))
         structure = Structure(c.cell, c.ion["Z"], c.pos, coords_are_cartesian=True)
         assert symmetry.SpacegroupAnalyzer(structure, 1e-3).get_space_group_number() == number, prototype
