@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data import GraphConfig
 from files import UserError, short
@@ -109,9 +110,19 @@ def build_backbone(arch):
     return BACKBONES[arch["backbone"]](arch)
 
 
+class NoNumbers(TorchFunctionMode):
+    """Leaves out initial weights, whose random numbers on the meta device import torch._dynamo: two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func is torch.Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def shapes_only(arch):
     """The backbone without numbers: parameters on the meta device."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), NoNumbers():
         return build_backbone(arch)
 
 
