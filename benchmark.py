@@ -4,7 +4,7 @@
     python benchmark.py --table --output runs/results
 
 Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
-stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-scaled (compose.py --select scaled), theta0
+stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-hinted (compose.py --select hinted), theta0
 (fine-tune the backbone), best-module (fine-tune the module with the largest weight: pair-wise transfer), scratch (the
 backbone's architecture, fresh), cgcnn (from scratch); and what one would use instead (baselines.py): magpie (trees),
 chgnet-svr (support vector regression on frozen features of CHGNet, which needs `make teacher`). moma-svr, theta0-svr,
@@ -37,7 +37,7 @@ from tasks import TRANSFORMS, get_task, inverse, unit_of
 WRITES = ("config.json", "table.md", "runs.csv")
 FROZEN = ("moma-svr", "theta0-svr", "mixture-svr")
 BASELINES = ("magpie", "chgnet-svr", *FROZEN)  # nothing is fine-tuned
-METHODS = ("moma-full", "moma-scaled", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
+METHODS = ("moma-full", "moma-hinted", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
     "expt_bandgap": (0.471, 0.374, 0.358, 0.305),
@@ -147,7 +147,7 @@ def one_run(cfg, method, task, name, seed):
 def composed(cfg, kind, name, seed, shared):
     """composition.json of the module composed for this split; made once."""
     folder = Path(cfg.output) / "composed" / kind / name.lower() / f"seed{seed}"
-    how = dict(kind="full", select="scaled") if kind == "scaled" else dict(kind=kind)
+    how = dict(kind="full", select="hinted") if kind == "hinted" else dict(kind=kind)
     return compose.run(compose.Config(**shared, **how, folds=0, output=str(folder)))
 
 
@@ -352,7 +352,7 @@ def merges(root):
     """Leave-one-out errors on the training rows, mean squared error / variance of the labels, mean over the seeds."""
     head = ["task, kind", "mixture", "composed module", "best module", "theta_0", "merge gap", "largest weights"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for kind in ("full", "scaled", "adapter"):
+    for kind in ("full", "hinted", "adapter"):
         pictures = {}
         for folder in sorted((root / "composed" / kind).glob("*")):
             cure = "delete that folder and run the benchmark again"

@@ -12,8 +12,8 @@ m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a 
 Merge gap: what the merged module loses against the mixture of predictions that its weights were chosen for.
 Recommended start: the composed module, unless theta_0 or the best single module has a leave-one-out error lower by
 more than two standard errors of the paired difference over the rows (report.py, `recommend`).
---select scaled, ours: modules that moved from theta_0 in different directions average to one that has hardly moved;
-this takes the same average further from theta_0, as far as the leave-one-out error of the merged module falls.
+--select hinted, ours: the same module g_D, and beside it hints.npz, what the composed modules say of the training
+crystals, which averaging their parameters loses: finetune.py learns it back (`hints`).
 """
 
 import hashlib
@@ -49,7 +49,7 @@ from train_module import Features, encode, finished, label_card, loader, plan_ba
 GAP = 1e-8  # largest Frank-Wolfe gap accepted, in units of the label's variance
 FLOOR = 1e-6  # an interior-point solver leaves no exact zeros: weights below this are zero
 DENSE = 2000  # modules up to which D'D goes to cvxpy; a sparse active set above
-SCALES = (1.25, 1.5, 1.75, 2.0, 2.5)  # beside 1, with --select scaled
+HINTS = 64  # numbers about a crystal, of --select hinted
 CACHE_VERSION = 1  # raise when embeddings of the same tensors change
 
 
@@ -60,7 +60,7 @@ class Config(TaskConfig):
     output: str = ""  # folder of the composed module [runs/composed/TASK]; of several: the folder above
     kind: Literal["", "full", "adapter"] = ""  # only these modules [full, in a hub that has both]
     modules: str = ""  # only these: a,b,c
-    select: Literal["amc", "scaled", "average", "all", "random"] = "amc"  # scaled: ours; the rest: the ablation
+    select: Literal["amc", "hinted", "average", "all", "random"] = "amc"  # hinted: ours; the rest: the ablation
     neighbors: Positive = 5  # K (2.3)
     temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
     bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
@@ -210,17 +210,26 @@ def merge(modules, w):
     return {k: x.to(kind.get(k, x.dtype)) for k, x in total.items()}
 
 
-def stretch(g_D, theta_0, s: float):
-    """theta_0 + s (g_D - theta_0): further along what the modules have in common (Ilharco et al. 2023). s = 1 is g_D."""
-    if s == 1:
-        return g_D
-    of = {k: theta_0[k].double() for k, x in g_D.items() if x.is_floating_point()}
-    return {k: (of[k] + s * (x.double() - of[k])).to(x.dtype) if k in of else x for k, x in g_D.items()}
+def hints(X, X_D):
+    """What fine-tuning g_D may learn from the composed modules about each training crystal, labels aside (as in Romero
+    et al. 2015, FitNets): the leading principal components of their representations side by side.
+
+    X: (m, C) of each module with weight. X_D: (m, C) of g_D. Returns the targets (m, k), absolute values of mean 1, and
+    the linear layer, weight (k, C) and bias (k,), that reads them best from X_D (ridge regression).
+    """
+    centred = [x - x.mean(axis=0) for x in (*X, X_D)]
+    *sides, A = (np.asarray(x / (x.std() or 1), np.float64) for x in centred)
+    side_by_side = np.hstack(sides)
+    axes = np.linalg.svd(side_by_side, full_matrices=False)[2][:HINTS]
+    T = side_by_side @ axes.T
+    T /= np.abs(T).mean() or 1
+    W = np.linalg.solve(A.T @ A + 0.01 * len(A) * np.eye(A.shape[1]), A.T @ T).T / (centred[-1].std() or 1)
+    return {k: np.float32(x) for k, x in (("targets", T), ("weight", W), ("bias", -W @ X_D.mean(axis=0)))}
 
 
 def select(w, how: str, seed: int = 0):
     """The paper's ablation: AMC's weights; equal ones on AMC's modules, on all, on as many drawn at random."""
-    if how in ("amc", "scaled"):
+    if how in ("amc", "hinted"):
         return w
     chosen = w > 0
     if how == "all":
@@ -228,7 +237,7 @@ def select(w, how: str, seed: int = 0):
     elif how == "random":
         chosen = np.isin(np.arange(len(w)), np.random.default_rng(seed).choice(len(w), chosen.sum(), replace=False))
     elif how != "average":
-        raise UserError(f"--select {how}: amc, scaled, average, all or random")
+        raise UserError(f"--select {how}: amc, hinted, average, all or random")
     return chosen / chosen.sum()
 
 
@@ -377,10 +386,11 @@ def composed_module(cfg, cards, crystals, embed, rows, seen, splits, record):
     result["notes"].append(leakage_verdict(result["leakage"], splits))
     card = new_card(cfg, cards, crystals, splits, record) | {"weights": list(parents.values())}
     card |= from_parents(cfg, {name: cards[name] for name in parents})
-    if cfg.select == "scaled":
-        card["training"]["scale"] = result["scale"]
     card["seconds"] = round(time.monotonic() - began, 1)
     files = {"composition.json": result, "weights.png": draw_weights(result)}
+    if cfg.select == "hinted":
+        *X, X_D = (x[train] for x in representations(cfg, cards, parents, embed, g_D).values())
+        files[hub.HINTS] = npz_bytes(rows=crystals.row[splits["train"]], **hints(X, X_D))
     theta_0 = Path(cfg.hub) / hub.BACKBONE
     if theta_0.is_dir():  # else what it has seen is not known
         files |= hub.joined_seen([theta_0, *(hub.module_dir(cfg.hub, name) for name in parents)])
@@ -431,20 +441,8 @@ def compose_for(cfg, cards, crystals, rows, embed):
     alone = (D**2).mean(axis=0)
     best = int(alone.argmin())
     theta_0 = Path(cfg.hub) / hub.BACKBONE
-    steps = {1.0: squares_of("(composed)", merged_key(cards, w), lambda: g_D)}
-    if cfg.select == "scaled":
-        if not theta_0.is_dir():
-            raise MissingError(f"--select scaled: needs theta_0, but there is no {theta_0}; --select amc does not")
-        origin = hub.load_tensors(theta_0, hub.ADAPTERS if some["kind"] == "adapter" else hub.MAIN)
-        for s in SCALES:
-            further = "(composed)", [merged_key(cards, w), s], partial(stretch, g_D, origin, s)
-            if np.isfinite(embed(*further[1:])).all():  # a network that was stretched too far is no candidate
-                steps[s] = squares_of(*further)
-    scale = min(steps, key=lambda s: steps[s].mean())
-    if scale != 1:
-        g_D = stretch(g_D, origin, scale)
-    squares = {"composed": steps[scale]}
-    if w[best] < 1 or scale != 1:  # else it is the composed module
+    squares = {"composed": squares_of("(composed)", merged_key(cards, w), lambda: g_D)}
+    if w[best] < 1:  # else it is the composed module
         squares[names[best]] = D[:, best] ** 2
     if theta_0.is_dir():
         load = {"full": lambda: hub.load_tensors(theta_0), "adapter": lambda: None}[some["kind"]]
@@ -465,7 +463,7 @@ def compose_for(cfg, cards, crystals, rows, embed):
     alternative = f"{other}, error {means[other]:.3f}" if other else ""
     verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
     if large and cfg.select == "amc":
-        verdict[-1] += "; --select scaled --overwrite may close it"
+        verdict[-1] += "; after --select hinted --overwrite, fine-tuning learns from the modules themselves"
     verdict.append(start_verdict(recommended, compared, means))
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
     fields = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
@@ -477,8 +475,7 @@ def compose_for(cfg, cards, crystals, rows, embed):
         "best_single": names[best], "errors": errors, "recommended": recommended, "compared": compared,
         "merge_gap": errors["composed"] - errors["mixture"], "merge_gap_large": large, "weights_unique": unique(D),
         "frank_wolfe_gap": amc["gap"], "solver": amc["solver"], "backbone_sha256": some["backbone_sha256"],
-        "neighbors": min(cfg.neighbors, len(y) - 1), "scale": scale,
-        "scales": {f"{s:g}": float(x.mean()) for s, x in steps.items()},
+        "neighbors": min(cfg.neighbors, len(y) - 1),
         **{k: getattr(cfg, k) for k in ("temperature", "select", "few_shot", "bootstrap", "seed")},
         "split": {"seed": cfg.split_seed, "file": Path(cfg.split_file).name, "train": len(rows)},
         "versions": {p: version(p) for p in ("torch", "numpy", "scipy", "cvxpy", "clarabel")},
@@ -493,15 +490,24 @@ def merged_key(cards, w):
     return key if len(key) > 1 else key[0][0]
 
 
+def representations(cfg, cards, weights, embed, g_D):
+    """{name: (rows, C)} of every module with weight, and of g_D as "composed". weights: {name: w_j > 0}."""
+    paths = {name: hub.module_dir(cfg.hub, name) for name in weights}
+    X = {name: embed(cards[name]["tensors_sha256"], partial(hub.load_tensors, path)) for name, path in paths.items()}
+    return X | {"composed": embed(merged_key(cards, [weights.get(name, 0) for name in cards]), lambda: g_D)}
+
+
 def embeddings_file(cfg, cards, card, crystals, rows, embed, g_D) -> bytes:
     """embeddings.npz: ids (m,), y (m,) and, for every parent and "composed", X_NAME (m, C). card: of the composed g_D."""
-    w, X = dict(zip((parent["name"] for parent in card["parents"]), card["weights"], strict=True)), {}
-    for name in w:
-        path = hub.module_dir(cfg.hub, name)
-        X[f"X_{name}"] = embed(cards[name]["tensors_sha256"], partial(hub.load_tensors, path))
-    X["X_composed"] = embed(merged_key(cards, [w.get(name, 0) for name in cards]), lambda: g_D)
+    weights = dict(zip((parent["name"] for parent in card["parents"]), card["weights"], strict=True))
+    X = representations(cfg, cards, weights, embed, g_D)
+    ids = np.array([crystals.ids[i] for i in rows])
+    return npz_bytes(ids=ids, y=crystals.y[rows], **{f"X_{name}": x for name, x in X.items()})
+
+
+def npz_bytes(**arrays) -> bytes:
     out = io.BytesIO()
-    np.savez_compressed(out, ids=np.array([crystals.ids[i] for i in rows]), y=crystals.y[rows], **X)
+    np.savez_compressed(out, **arrays)
     return out.getvalue()
 
 

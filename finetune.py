@@ -11,6 +11,9 @@ all: the whole of a full module; of an adapter module the adapters (atom feature
 head: only the head, which continues that of --init.  new-head: only a new one.  interactions: the interaction blocks
 and the head, while embeddings and outputs stay (the freed layers of Devi et al. 2024).
 
+--hints: where compose.py --select hinted left hints.npz, the loss is mean |y - ŷ| / std + hints · mean |T - W z| over the
+training rows: from its representation z of a crystal, a linear layer W has to read T, what the composed modules say.
+
 With --folds K, K models: each is tested on the K-th part of the rows that it has not seen, so together on all rows, and
 predict.py takes their mean. The folder of such a run holds fold0, fold1, ..., each what a run without folds writes.
 
@@ -23,14 +26,15 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 from files import MissingError, UserError, output_path, read_json, recover, short
-from stage import (Positive, Seed, Whole, barrier, check_settings, claim, compare, fold_rows, hints_of, main, number,
-                   rank, read_task, rests_on, run_name, say, split_rows, start, work_folder, written_by)
+from stage import (Positive, Range, Seed, Whole, barrier, check_settings, claim, compare, fold_rows, hints_of, main,
+                   number, rank, read_task, rests_on, run_name, say, split_rows, start, work_folder, written_by)
 
 import numpy as np
 import torch
+from torch import nn
 
 import hub
 from data import collate, split_fingerprint
@@ -53,6 +57,7 @@ class Config(TrainConfig):
     limit: Whole | None = None  # use this many random rows; 0: all
     split_seed: Seed | None = None  # of the published split, where the task has one, else of 70/15/15
     few_shot: Whole | None = None  # keep this many random training rows; 0: all
+    hints: Annotated[float, Range(0, 10)] = 0.3  # weight of what compose.py --select hinted left; 0: none
     folds: Whole | None = None  # of cross-validation [5 below 1,000 rows without a split of their own]
     compare: bool = True  # with Magpie trees on the same rows; --no-compare leaves it out
 
@@ -98,7 +103,8 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
     if origin.composition:
         cure, found = "fine-tune on those, or compose again for these", hub.read_card(origin.composition)["record"]
         compare(rests_of(found, rests), rests, f"{origin.composition} was composed on other rows or labels", cure)
-    record = record_of(cfg, crystals, start_sha(origin), rests)
+    hints = read_hints(cfg, origin)
+    record = record_of(cfg, crystals, start_sha(origin), rests, hints)
     if finished(cfg, target, record, "give another --output, or --overwrite"):
         return
     say(cfg, f"start: {origin.why}")
@@ -107,6 +113,8 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
     if cfg.train == "head":
         model.head = begin.head
     choose_trained(model, cfg.train)
+    if hints:
+        model.hints = Hints(hints, cfg.hints, crystals, splits["train"], origin.path)
     if cfg.init == "scratch":
         first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
         fit_scale_factors(model.backbone, collate([dataset[int(i)] for i in first]))
@@ -114,10 +122,12 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
     card["elements"] = sorted({*card["elements"], *(origin.card.get("elements") or [])})  # what it starts from knows
     if cfg.init != "scratch":
         card |= {"parents": [{k: origin.card[k] for k in ("name", "tensors_sha256")}], "weights": [1.0]}
+    card["training"] |= {"hints": cfg.hints} if hints else {}
     hub.check_card(card, target, hub.MODEL)
     folder = work_folder(target)
     claim(folder, given, record)
     result, errors = train(cfg, folder, model, crystals, dataset, splits)
+    model.hints = None
     if rank() == 0:
         card |= results(result, errors)
         write(cfg, target, origin, model, card, result, crystals, dataset, splits, errors)
@@ -130,7 +140,7 @@ def run_folds(given, cfg, target, crystals, dataset, folds):
     origins = [find_start(cfg, run_name(cfg), k) for k in range(len(folds))]
     init = {f"fold{k}": start_sha(origin) for k, origin in enumerate(origins)}
     rests = rests_on(crystals, {"all": np.arange(len(crystals))})
-    record = record_of(settled(cfg, origins[0]), crystals, init, rests)
+    record = record_of(settled(cfg, origins[0]), crystals, init, rests, read_hints(cfg, origins[0]))
     record |= {"folds": len(folds), "split_seed": cfg.split_seed, "few_shot": cfg.few_shot}
     if finished_folds(cfg, target, record):
         return
@@ -285,12 +295,44 @@ def settled(cfg, origin):
     return replace(cfg, kind=origin.kind, lr=lr)
 
 
-def record_of(cfg, crystals, init, rests):
+class Hints(nn.Module):
+    """hints(z, index) -> () the loss of representations z (B, C) of the crystals `index`: weight · mean |T - W z|."""
+
+    def __init__(self, found, weight, crystals, train, path):
+        super().__init__()
+        place = {row: i for i, row in enumerate(found["rows"].tolist())}
+        if place.keys() != {*crystals.row[train].tolist()}:
+            raise UserError(f"{path / hub.HINTS}: is of other training rows; compose again for these, or give --hints 0")
+        T = torch.zeros(len(crystals), found["targets"].shape[1])
+        T[train] = torch.from_numpy(found["targets"][[place[row] for row in crystals.row[train].tolist()]])
+        self.register_buffer("targets", T, persistent=False)
+        self.weight, self.read = weight, nn.Linear(*found["weight"].shape[::-1])
+        self.read.load_state_dict({k: torch.from_numpy(found[k]) for k in ("weight", "bias")})
+
+    def forward(self, z, index):
+        return self.weight * (self.read(z) - self.targets[index]).abs().mean()
+
+
+def read_hints(cfg, origin):
+    """The arrays of hints.npz, if the start is a composed module that has them and its network trains."""
+    composition = origin.composition
+    if cfg.train in ("head", "new-head") or not cfg.hints or not composition:
+        return None
+    if hub.HINTS not in hub.read_card(composition)["files_sha256"]:
+        return None
+    if origin.name != "composed":
+        say(cfg, f"{composition / hub.HINTS}: for the composed module alone, not for {origin.name}; --init composed")
+        return None
+    with np.load(hub.checked_file(origin.path, hub.HINTS)) as file:
+        return dict(file)
+
+
+def record_of(cfg, crystals, init, rests, hints):
     """What a result follows from. init: hash of the start, or {fold: hash}."""
     record = {"init": init, "kind": cfg.kind, "train": cfg.train, **rests}
     record |= {k: getattr(cfg, k) for k in SETTINGS}
     record["ids"] = hashlib.sha256("\n".join(crystals.ids).encode()).hexdigest()  # predictions.csv names them
-    return record | {"compare": True} if cfg.compare else record
+    return record | {k: getattr(cfg, k) for k, used in (("compare", cfg.compare), ("hints", hints)) if used}
 
 
 def start_sha(origin) -> str:

@@ -48,6 +48,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 SEEN = "seen.npy"
+HINTS = "hints.npz"  # of a composed module: what its parents say of the training crystals
 FOLDS = "folds"  # the folder, in that of a composed module, of one for each fold
 
 

@@ -798,6 +798,7 @@ class PropertyModel(nn.Module):
         super().__init__()
         self.backbone, self.pooling, self.adapters = backbone, pooling, adapters
         self.head = mlp(backbone.width)
+        self.hints = None  # while it is fine-tuned: finetune.Hints
 
     def forward(self, batch, embed=False):
         """embed: also (B, C), the representation of every crystal: the mean over atoms of what the head reads."""

@@ -117,7 +117,6 @@ def leakage_verdict(leakage, splits):
 def table(r) -> str:
     """The table of the weights and the errors behind them, for the screen."""
     how = f"K={r['neighbors']}, temperature {r['temperature']:g}, {r['select']}"
-    how += f", {r['scale']:g} times as far from theta_0 as the average" * (r.get("scale", 1) != 1)
     lines = [f"{r['task']}: {r['rows_used']} training rows, {how}"]
     wide = max(12, *map(len, r["modules"]))
     lines.append(f"{'module':<{wide}}  weight   bootstrap mean, sd, chosen   error alone")

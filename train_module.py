@@ -203,7 +203,8 @@ def results(result, errors):
 
 
 def train(cfg, folder, model, crystals, dataset, splits):
-    """Fit what requires a gradient in `model` to the task. A frozen backbone encodes the data once.
+    """Fit what requires a gradient in `model` to the task. A frozen backbone encodes the data once. model.hints, where
+    there are any, add to the loss.
 
     Returns what `fit` found and, in the first process, {split: (positions, y, prediction)}.
     """
@@ -223,7 +224,10 @@ def train(cfg, folder, model, crystals, dataset, splits):
 
     def loss(model, batch):
         target = ((batch["y"].double() - mean) / std).float()
-        return (model(batch).float() - target).abs().mean()
+        if model.hints is None:
+            return (model(batch).float() - target).abs().mean()
+        y, z = model(batch, embed=True)
+        return (y.float() - target).abs().mean() + model.hints(z.float(), batch["index"])
 
     def validate(model):
         _, y, prediction = predict_batches(model, loader(read, batches("val"), cfg), mean, std, cfg)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import hub
 import report
 import sources
 import stage
-from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise, stretch
+from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
 from crystals import load_crystals
 from files import UserError
 from model import preset
@@ -172,16 +173,28 @@ def test_select_is_the_papers_ablation():
     drawn = select(w, "random", seed=3)
     assert sorted(drawn.tolist()) == [0, 0, 0.5, 0.5] and drawn.tolist() == select(w, "random", seed=3).tolist()
     assert len({tuple(select(w, "random", seed=s)) for s in range(20)}) > 1
-    assert select(w, "scaled").tolist() == w.tolist()
+    assert select(w, "hinted").tolist() == w.tolist()
     with pytest.raises(ValueError, match="--select best"):
         select(w, "best")
 
 
-def test_stretching_goes_on_from_theta_0_and_leaves_integers_alone():
-    g_D, theta_0 = ({"x": torch.tensor([a, 5.0]), "n": torch.tensor(n)} for a, n in ((3.0, 7), (1.0, 6)))
-    assert stretch(g_D, theta_0, 1) is g_D
-    far = stretch(g_D, theta_0, 2.5)
-    assert far["x"].tolist() == [6.0, 5.0] and far["x"].dtype == torch.float32 and int(far["n"]) == 7
+def test_hints_are_read_from_g_D_by_the_linear_layer_beside_them():
+    rng = np.random.default_rng(0)
+    X_D = rng.normal(2, 3, (300, 6)).astype(np.float32)
+    X = [X_D @ rng.normal(size=(6, 40)), 5 + 0.01 * X_D @ rng.normal(size=(6, 50))]  # all that they say, g_D knows
+    found = compose.hints(X, X_D)
+    T = found["targets"]
+    assert T.shape == (300, compose.HINTS) and np.abs(T).mean() == pytest.approx(1, rel=1e-5)
+    assert (np.diff(T.std(axis=0)) < 1e-4).all() and np.abs(T.mean(axis=0)).max() < 1e-4  # the leading ones first
+    read = X_D @ found["weight"].T + found["bias"]
+    assert np.abs(T - read).mean() < 0.05 and {x.dtype for x in found.values()} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(np.abs(compose.hints([X[0], X[1] * 100 - 7], X_D)["targets"][:, 0]), np.abs(T[:, 0]),
+                               rtol=1e-3)  # no module is louder than another  # fmt: skip
+    unlike = compose.hints([rng.normal(size=(300, 40))], X_D)
+    wide = unlike["targets"] - X_D @ unlike["weight"].T - unlike["bias"]
+    assert unlike["targets"].shape[1] == 40 and np.abs(wide).mean() > 0.9
+    same = compose.hints([np.ones((4, 3))], np.ones((4, 2)))  # crystals that no module tells apart
+    assert all(np.isfinite(x).all() for x in same.values()) and not same["targets"].any()
 
 
 def test_a_large_merge_gap_is_said_aloud():
@@ -376,39 +389,54 @@ def test_one_module_is_returned_bit_for_bit(made, tmp_path):
     assert result["merge_gap"] == 0 and result["modules"]["c"]["weight"] == 1
 
 
-def test_scaled_takes_the_step_from_theta_0_with_the_lowest_leave_one_out_error(made, tmp_path):
-    kind, where, _ = made
+def test_hinted_is_the_module_of_amc_with_what_its_parents_say_of_the_training_rows(made, tmp_path):
     plain = compose.run(config(made, tmp_path / "plain"))
-    found = compose.run(config(made, tmp_path / "scaled", select="scaled"))
-    assert plain["scale"] == 1 and plain["scales"] == {"1": plain["errors"]["composed"]}
-    errors = {float(s): e for s, e in found["scales"].items()}
-    assert list(errors) == [1, *compose.SCALES] and errors[1] == plain["errors"]["composed"]
-    s = min(errors, key=errors.get)
-    assert found["scale"] == s and found["errors"]["composed"] == errors[s] < errors[1]
+    found = compose.run(config(made, tmp_path / "hinted", select="hinted"))
     assert {n: x["weight"] for n, x in found["modules"].items()} == {n: x["weight"] for n, x in plain["modules"].items()}
-    origin = hub.load_tensors(where / "backbone", hub.ADAPTERS if kind == "adapter" else hub.MAIN)
-    assert hub.read_card(tmp_path / "scaled")["training"]["scale"] == s
-    g_D = hub.load_tensors(tmp_path / "scaled")
-    assert all(torch.equal(g_D[k], x) for k, x in stretch(hub.load_tensors(tmp_path / "plain"), origin, s).items())
+    a, b = (hub.load_tensors(tmp_path / name) for name in ("plain", "hinted"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert hub.HINTS not in hub.read_card(tmp_path / "plain")["files_sha256"]
+    with np.load(hub.checked_file(tmp_path / "hinted", hub.HINTS)) as file:
+        hints = dict(file)
+    m, k = hints["targets"].shape
+    assert m == found["rows_used"] == len({*hints["rows"].tolist()}) and 1 < k <= compose.HINTS
+    assert hints["weight"].shape == (k, hub.load_module(tmp_path / "hinted", made[1]).backbone.width)
+    compose.run(config(made, tmp_path / "folds", select="hinted", folds=3))
+    for fold in range(3):
+        with np.load(hub.checked_file(tmp_path / f"folds/folds/{fold}", hub.HINTS)) as file:
+            assert len(file["rows"]) < m + 9 and len(file["targets"]) == len(file["rows"])
 
 
-def test_scaled_leaves_out_a_step_whose_representations_are_not_finite(made, tmp_path, monkeypatch):
-    def too_far(g_D, theta_0, s):
-        far = stretch(g_D, theta_0, s)
-        return {k: x * torch.nan if s > 2 and x.is_floating_point() else x for k, x in far.items()}
-
-    monkeypatch.setattr(compose, "stretch", too_far)
-    kind, where, _ = made
-    found = compose.run(config((kind, where, tmp_path / "cache"), tmp_path / "out", select="scaled"))
-    assert list(found["scales"]) == ["1", "1.25", "1.5", "1.75", "2"]
-
-
-def test_scaled_needs_theta_0(made, tmp_path):
+def test_fine_tuning_learns_the_hints_and_writes_a_model_like_any_other(made, tmp_path):
     kind, where, cache = made
-    shutil.copytree(where, tmp_path / "hub", ignore=shutil.ignore_patterns("backbone"))
-    words = "--select scaled: needs theta_0, but there is no" if kind == "full" else "theta_0"  # as all adapters do
-    with pytest.raises(UserError, match=words):
-        compose.run(config((kind, tmp_path / "hub", cache), tmp_path / "out", select="scaled"))
+    shared = dict(task=TASK, data="demo", hub=str(where), cache=str(cache), limit=N_ROWS, epochs=3, patience=0, lr=1e-3,
+                  batch_size=4, folds=0, quiet=True, compare=False)  # fmt: skip
+    for select in ("amc", "hinted"):
+        compose.run(config(made, tmp_path / "composed" / select, select=select))
+    runs = {"amc": ("amc", 0.3), "none": ("hinted", 0.0), "some": ("hinted", 0.3), "more": ("hinted", 3.0)}
+    for name, (start, weight) in runs.items():
+        finetune.run(finetune.Config(**shared, init=str(tmp_path / "composed" / start), hints=weight, output=str(tmp_path / name)))
+    tensors = {name: hub.load_tensors(tmp_path / name, hub.MODEL) for name in runs}
+    assert len({tuple(x) for x in tensors.values()}) == 1  # no tensor of the hints
+    alike = {name: all(torch.equal(x, tensors["amc"][k]) for k, x in tensors[name].items()) for name in runs}
+    assert alike == {"amc": True, "none": True, "some": False, "more": False}
+    cards = {name: hub.read_card(tmp_path / name) for name in runs}
+    assert {name: card["training"].get("hints") for name, card in cards.items()} == {
+        "amc": None, "none": None, "some": 0.3, "more": 3.0}  # fmt: skip
+    with pytest.raises(UserError, match="hints 0.3, now 1"):
+        finetune.run(finetune.Config(**shared, init=str(tmp_path / "composed/hinted"), hints=1.0, output=str(tmp_path / "some")))
+
+
+def test_the_loss_of_the_hints_is_the_weighted_mean_distance_of_what_is_read():
+    found = {"rows": np.array([30, 10]), "targets": np.array([[1.0, 2], [3, 4]], np.float32),
+             "weight": np.array([[1.0, 0, 0], [0, 2, 0]], np.float32), "bias": np.array([0.5, 0], np.float32)}  # fmt: skip
+    crystals = type("Crystals", (), {"row": np.array([10, 20, 30]), "__len__": lambda self: 3})()
+    hints = finetune.Hints(found, 0.5, crystals, np.array([0, 2]), Path("here"))
+    z = torch.tensor([[1.0, 1, 9], [0, 0, 9]])  # read as (1.5, 2) and (0.5, 0)
+    assert hints(z, torch.tensor([2, 0])).item() == pytest.approx(0.5 * (0.5 + 0 + 2.5 + 4) / 4)
+    assert {*hints.state_dict()} == {"read.weight", "read.bias"}
+    with pytest.raises(UserError, match="here/hints.npz: is of other training rows; compose again"):
+        finetune.Hints(found, 0.5, crystals, np.array([0, 1]), Path("here"))
 
 
 def test_variants_few_shot_and_neighbours(made, tmp_path):
