@@ -180,7 +180,7 @@ $(ZERO_TASKS:%=from-zero-%): from-zero-%:
 # the same hub from a theta_0 that was hardly trained: how well its modules merge
 from-zero-random: | $(VENV)/done
 	$(zero_make) HUB=$(ZERO)/hub-random backbone PRETRAIN_ARGS="--epochs 1 --limit 64 --lr 1e-9 --quiet"
-	$(zero_make) HUB=$(ZERO)/hub-random -j2 hub KIND=full EPOCHS=12 ARGS=--quiet
+	$(zero_make) HUB=$(ZERO)/hub-random -j2 hub KIND=full EPOCHS=$(word 2,$(ZERO_EPOCHS)) ARGS=--quiet
 	for task in $(ZERO_TASKS); do for hub in hub hub-random; do echo "== $$task, $$hub"; $(PY) compose.py --task $$task \
 	    --data demo --hub $(ZERO)/$$hub --kind full --output $(ZERO)/$$hub-composed/$$task; done; done
 

@@ -165,7 +165,8 @@ def baseline(cfg, method, settings, folder, name):
             networks = [Path(composed(cfg, "full", name, settings.seed, how)["output"])]
         if method == "mixture-svr":
             networks = [hub.module_dir(cfg.hub, parent["name"]) for parent in hub.read_card(*networks)["parents"]]
-        record["init"] = [hub.read_card(network)["tensors_sha256"] for network in networks]
+        found = [hub.read_card(network)["tensors_sha256"] for network in networks]
+        record["init"] = found if method == "mixture-svr" else found[0]
     if (folder / "metrics.json").exists() and not cfg.overwrite:
         old = read_json(folder / "config.json", "the settings of a run").get("record")
         compare(old, record, folder, "give another --output, or --overwrite")
@@ -352,7 +353,7 @@ def merges(root):
     """Leave-one-out errors on the training rows, mean squared error / variance of the labels, mean over the seeds."""
     head = ["task, kind", "mixture", "composed module", "best module", "theta_0", "merge gap", "largest weights"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for kind in ("full", "hinted", "adapter"):
+    for kind in ("full", "adapter"):
         pictures = {}
         for folder in sorted((root / "composed" / kind).glob("*")):
             cure = "delete that folder and run the benchmark again"

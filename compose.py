@@ -12,8 +12,8 @@ m: training crystals. N: modules of the hub. C: channels. K: neighbours. g_j: a 
 Merge gap: what the merged module loses against the mixture of predictions that its weights were chosen for.
 Recommended start: the composed module, unless theta_0 or the best single module has a leave-one-out error lower by
 more than two standard errors of the paired difference over the rows (report.py, `recommend`).
---select hinted, ours: the same module g_D, and beside it hints.npz, what the composed modules say of the training
-crystals, which averaging their parameters loses: finetune.py learns it back (`hints`).
+--select hinted, ours: the same module g_D, and beside it hints.npz, what the modules that were averaged say of the
+training crystals (`hints`). Averaging their parameters loses much of it; finetune.py learns it back.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import hub
 from card import all_licences
 from crystals import find_source
-from data import few_shot, to_device
+from data import by_structure, few_shot, to_device
 from model import Adapters, build_backbone, pool
 from report import (count_seen, draw_heat_map, draw_weights, leakage_verdict, merge_verdict, recommend, seen_before,
                     start_verdict, table, transform_note)
@@ -60,7 +60,7 @@ class Config(TaskConfig):
     output: str = ""  # folder of the composed module [runs/composed/TASK]; of several: the folder above
     kind: Literal["", "full", "adapter"] = ""  # only these modules [full, in a hub that has both]
     modules: str = ""  # only these: a,b,c
-    select: Literal["amc", "hinted", "average", "all", "random"] = "amc"  # hinted: ours; the rest: the ablation
+    select: Literal["amc", "hinted", "average", "all", "random"] = "amc"  # hinted: ours; then the ablation
     neighbors: Positive = 5  # K (2.3)
     temperature: Above = 0.2  # neighbours weigh exp(cosine / temperature); released code 0.2, Eq. 1 has 1
     bootstrap: Whole = 100  # resamples of the rows, for the stability of the weights; 0: none
@@ -214,14 +214,15 @@ def hints(X, X_D):
     """What fine-tuning g_D may learn from the composed modules about each training crystal, labels aside (as in Romero
     et al. 2015, FitNets): the leading principal components of their representations side by side.
 
-    X: (m, C) of each module with weight. X_D: (m, C) of g_D. Returns the targets (m, k), absolute values of mean 1, and
-    the linear layer, weight (k, C) and bias (k,), that reads them best from X_D (ridge regression).
+    X: (m, C) of each module with weight; all count alike. X_D: (m, C) of g_D. Returns the targets (m, k), whose
+    absolute values have the mean 1 and the first of which are the largest, and the linear layer, weight (k, C) and bias
+    (k,), that reads them best from X_D (ridge regression): where fine-tuning begins.
     """
     centred = [x - x.mean(axis=0) for x in (*X, X_D)]
     *sides, A = (np.asarray(x / (x.std() or 1), np.float64) for x in centred)
     side_by_side = np.hstack(sides)
-    axes = np.linalg.svd(side_by_side, full_matrices=False)[2][:HINTS]
-    T = side_by_side @ axes.T
+    axes = np.linalg.eigh(side_by_side.T @ side_by_side)[1][:, ::-1]  # of falling variance
+    T = side_by_side @ axes[:, : min(HINTS, len(side_by_side))]
     T /= np.abs(T).mean() or 1
     W = np.linalg.solve(A.T @ A + 0.01 * len(A) * np.eye(A.shape[1]), A.T @ T).T / (centred[-1].std() or 1)
     return {k: np.float32(x) for k, x in (("targets", T), ("weight", W), ("bias", -W @ X_D.mean(axis=0)))}
@@ -388,9 +389,10 @@ def composed_module(cfg, cards, crystals, embed, rows, seen, splits, record):
     card |= from_parents(cfg, {name: cards[name] for name in parents})
     card["seconds"] = round(time.monotonic() - began, 1)
     files = {"composition.json": result, "weights.png": draw_weights(result)}
-    if cfg.select == "hinted":
-        *X, X_D = (x[train] for x in representations(cfg, cards, parents, embed, g_D).values())
-        files[hub.HINTS] = npz_bytes(rows=crystals.row[splits["train"]], **hints(X, X_D))
+    if cfg.select == "hinted" and len(parents) > 1:
+        order = [place[row] for row in by_structure(crystals, splits["train"])]
+        *X, X_D = (x[order] for x in representations(cfg, cards, parents, embed, g_D).values())
+        files[hub.HINTS] = npz_bytes(**hints(X, X_D))
     theta_0 = Path(cfg.hub) / hub.BACKBONE
     if theta_0.is_dir():  # else what it has seen is not known
         files |= hub.joined_seen([theta_0, *(hub.module_dir(cfg.hub, name) for name in parents)])
@@ -463,8 +465,14 @@ def compose_for(cfg, cards, crystals, rows, embed):
     alternative = f"{other}, error {means[other]:.3f}" if other else ""
     verdict, large = merge_verdict(errors["composed"], errors["mixture"], errors["theta_0"], alternative)
     if large and cfg.select == "amc":
-        verdict[-1] += "; after --select hinted --overwrite, fine-tuning learns from the modules themselves"
-    verdict.append(start_verdict(recommended, compared, means))
+        verdict.append("with --select hinted --overwrite fine-tuning learns back what averaging lost")
+    if cfg.select == "hinted" and np.count_nonzero(w) > 1:
+        recommended = "composed"
+        verdict.append("recommended start: the composed module, which alone has the hints")
+    else:
+        verdict.append(start_verdict(recommended, compared, means))
+    if cfg.select == "hinted" and np.count_nonzero(w) == 1:
+        verdict.append("one module has all the weight: averaging loses nothing, so there are no hints")
     boot = stability(D, cfg.bootstrap, cfg.seed) if cfg.bootstrap else [[None] * len(w)] * 3
     fields = ("weight", "amc_weight", "error", "bootstrap_mean", "bootstrap_sd", "bootstrap_share")
     columns = zip(w, amc["w_amc"], alone, *boot, strict=True)

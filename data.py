@@ -175,6 +175,11 @@ def split_fingerprint(crystals, splits) -> dict:
     return found
 
 
+def by_structure(crystals, rows) -> list:
+    """The rows in an order that their structures alone decide, whatever their numbers or ids: of the hashes."""
+    return sorted(map(int, rows), key=lambda i: structure_hash(crystals.Z[i], crystals.pos[i], crystals.cell[i]))
+
+
 def report_duplicates(crystals, splits) -> int:
     """How many val and test rows are the structure of a row of an earlier part; a line on stderr if any."""
     structures = list(zip(crystals.Z, crystals.pos, crystals.cell))

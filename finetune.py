@@ -11,8 +11,9 @@ all: the whole of a full module; of an adapter module the adapters (atom feature
 head: only the head, which continues that of --init.  new-head: only a new one.  interactions: the interaction blocks
 and the head, while embeddings and outputs stay (the freed layers of Devi et al. 2024).
 
---hints: where compose.py --select hinted left hints.npz, the loss is mean |y - ŷ| / std + hints · mean |T - W z| over the
-training rows: from its representation z of a crystal, a linear layer W has to read T, what the composed modules say.
+--hints: from a module of compose.py --select hinted, the loss is mean |y - ŷ| / std + hints · mean |T - (W z + b)|: from
+the network's representation z of a training crystal, a linear layer has to read T, what the averaged modules say of it.
+The layer begins as compose.py fitted it, trains along, and is left out of the model.
 
 With --folds K, K models: each is tested on the K-th part of the rows that it has not seen, so together on all rows, and
 predict.py takes their mean. The folder of such a run holds fold0, fold1, ..., each what a run without folds writes.
@@ -37,7 +38,7 @@ import torch
 from torch import nn
 
 import hub
-from data import collate, split_fingerprint
+from data import by_structure, collate, split_fingerprint
 from evaluate import FOLDED, finished_folds, sentence, write, write_folds
 from model import BACKBONES, build_backbone, fit_scale_factors, preset, training_defaults
 from train_module import SETTINGS, TrainConfig, finished, new_card, new_head, results, train
@@ -57,7 +58,7 @@ class Config(TrainConfig):
     limit: Whole | None = None  # use this many random rows; 0: all
     split_seed: Seed | None = None  # of the published split, where the task has one, else of 70/15/15
     few_shot: Whole | None = None  # keep this many random training rows; 0: all
-    hints: Annotated[float, Range(0, 10)] = 0.3  # weight of what compose.py --select hinted left; 0: none
+    hints: Annotated[float, Range(0, 10)] | None = None  # their weight in the loss [0.3 after --select hinted]; 0: none
     folds: Whole | None = None  # of cross-validation [5 below 1,000 rows without a split of their own]
     compare: bool = True  # with Magpie trees on the same rows; --no-compare leaves it out
 
@@ -103,7 +104,7 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
     if origin.composition:
         cure, found = "fine-tune on those, or compose again for these", hub.read_card(origin.composition)["record"]
         compare(rests_of(found, rests), rests, f"{origin.composition} was composed on other rows or labels", cure)
-    hints = read_hints(cfg, origin)
+    hints = hints_sha(cfg, origin)
     record = record_of(cfg, crystals, start_sha(origin), rests, hints)
     if finished(cfg, target, record, "give another --output, or --overwrite"):
         return
@@ -114,7 +115,7 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
         model.head = begin.head
     choose_trained(model, cfg.train)
     if hints:
-        model.hints = Hints(hints, cfg.hints, crystals, splits["train"], origin.path)
+        model.hints = Hints(origin.path, hints_weight(cfg), crystals, splits["train"])
     if cfg.init == "scratch":
         first = np.random.default_rng(cfg.seed).permutation(splits["train"])[: cfg.batch_size]
         fit_scale_factors(model.backbone, collate([dataset[int(i)] for i in first]))
@@ -122,7 +123,7 @@ def fine_tune(given, cfg, target, origin, crystals, dataset, splits):
     card["elements"] = sorted({*card["elements"], *(origin.card.get("elements") or [])})  # what it starts from knows
     if cfg.init != "scratch":
         card |= {"parents": [{k: origin.card[k] for k in ("name", "tensors_sha256")}], "weights": [1.0]}
-    card["training"] |= {"hints": cfg.hints} if hints else {}
+    card["training"] |= {"hints": hints_weight(cfg)} if hints else {}
     hub.check_card(card, target, hub.MODEL)
     folder = work_folder(target)
     claim(folder, given, record)
@@ -140,7 +141,8 @@ def run_folds(given, cfg, target, crystals, dataset, folds):
     origins = [find_start(cfg, run_name(cfg), k) for k in range(len(folds))]
     init = {f"fold{k}": start_sha(origin) for k, origin in enumerate(origins)}
     rests = rests_on(crystals, {"all": np.arange(len(crystals))})
-    record = record_of(settled(cfg, origins[0]), crystals, init, rests, read_hints(cfg, origins[0]))
+    hints = {f"fold{k}": hints_sha(cfg, origin) for k, origin in enumerate(origins)}
+    record = record_of(settled(cfg, origins[0]), crystals, init, rests, hints if any(hints.values()) else "")
     record |= {"folds": len(folds), "split_seed": cfg.split_seed, "few_shot": cfg.few_shot}
     if finished_folds(cfg, target, record):
         return
@@ -272,14 +274,14 @@ def recommended(cfg, composition):
 
 def take_over(cfg, origin):
     """What the command line leaves open: which labels and rows, as the composed module's own settings say."""
-    taken, hints, path = {}, hints_of(Config), origin.composition
+    taken, types, path = {}, hints_of(Config), origin.composition
     if path is not None and written_by(work_folder(path)) == "compose":
         file = work_folder(path) / "config.json"
         settings = read_json(file, "the settings of compose.py")
         taken = {k: settings[k] for k in COMPOSED_FROM if k in settings and getattr(cfg, k) in ("", None)}
         for k, value in taken.items():
-            if type(value) is not hints[k][0]:
-                raise UserError(f"{file}: {k} is {short(value)}, not {hints[k][0].__name__}; compose again")
+            if type(value) is not types[k][0]:
+                raise UserError(f"{file}: {k} is {short(value)}, not {types[k][0].__name__}; compose again")
     if path is not None and cfg.folds is None:
         taken["folds"] = hub.read_card(path).get("folds") or 0
     empty = {k: 0 for k in ("limit", "split_seed", "few_shot") if getattr(cfg, k) is None}
@@ -296,43 +298,48 @@ def settled(cfg, origin):
 
 
 class Hints(nn.Module):
-    """hints(z, index) -> () the loss of representations z (B, C) of the crystals `index`: weight · mean |T - W z|."""
+    """hints(z, index) -> (), the loss weight · mean |T - (W z + b)| of representations z (B, C) of the crystals `index`.
 
-    def __init__(self, found, weight, crystals, train, path):
+    path: the composed module with T (of its training crystals, sorted by structure), W and b (compose.hints)."""
+
+    def __init__(self, path, weight, crystals, train):
         super().__init__()
-        place = {row: i for i, row in enumerate(found["rows"].tolist())}
-        if place.keys() != {*crystals.row[train].tolist()}:
-            raise UserError(f"{path / hub.HINTS}: is of other training rows; compose again for these, or give --hints 0")
-        T = torch.zeros(len(crystals), found["targets"].shape[1])
-        T[train] = torch.from_numpy(found["targets"][[place[row] for row in crystals.row[train].tolist()]])
-        self.register_buffer("targets", T, persistent=False)
+        with np.load(hub.checked_file(path, hub.HINTS)) as file:
+            found = {k: torch.from_numpy(file[k]) for k in ("targets", "weight", "bias")}
+        rows, T = by_structure(crystals, train), found.pop("targets")
+        if len(rows) != len(T):
+            raise UserError(f"{path / hub.HINTS}: of {len(T)} training rows, not {len(rows)}; compose again")
+        self.register_buffer("targets", T.new_zeros(len(crystals), T.shape[1]), persistent=False)
+        self.targets[rows] = T
         self.weight, self.read = weight, nn.Linear(*found["weight"].shape[::-1])
-        self.read.load_state_dict({k: torch.from_numpy(found[k]) for k in ("weight", "bias")})
+        self.read.load_state_dict(found)
 
     def forward(self, z, index):
-        return self.weight * (self.read(z) - self.targets[index]).abs().mean()
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would lose what little differs
+            return self.weight * (self.read(z.float()) - self.targets[index]).abs().mean()
 
 
-def read_hints(cfg, origin):
-    """The arrays of hints.npz, if the start is a composed module that has them and its network trains."""
-    composition = origin.composition
-    if cfg.train in ("head", "new-head") or not cfg.hints or not composition:
-        return None
-    if hub.HINTS not in hub.read_card(composition)["files_sha256"]:
-        return None
-    if origin.name != "composed":
-        say(cfg, f"{composition / hub.HINTS}: for the composed module alone, not for {origin.name}; --init composed")
-        return None
-    with np.load(hub.checked_file(origin.path, hub.HINTS)) as file:
-        return dict(file)
+def hints_sha(cfg, origin) -> str:
+    """Hash of the hints to learn: of a composed module that has some, while its network trains. Else nothing."""
+    learns = origin.name == "composed" and cfg.train in ("all", "interactions") and cfg.hints != 0
+    sha = origin.card["files_sha256"].get(hub.HINTS, "") if learns else ""
+    if cfg.hints and not sha:
+        why = "are for a module of `compose.py --select hinted`, with --train all or interactions"
+        raise UserError(f"--hints {cfg.hints:g}: {origin.name} has none, they {why}")
+    return sha
+
+
+def hints_weight(cfg) -> float:
+    return 0.3 if cfg.hints is None else cfg.hints
 
 
 def record_of(cfg, crystals, init, rests, hints):
-    """What a result follows from. init: hash of the start, or {fold: hash}."""
+    """What a result follows from. init: hash of the start, hints: of what it learns beside the labels; or {fold: hash}."""
     record = {"init": init, "kind": cfg.kind, "train": cfg.train, **rests}
     record |= {k: getattr(cfg, k) for k in SETTINGS}
     record["ids"] = hashlib.sha256("\n".join(crystals.ids).encode()).hexdigest()  # predictions.csv names them
-    return record | {k: getattr(cfg, k) for k, used in (("compare", cfg.compare), ("hints", hints)) if used}
+    record |= {"hints": hints_weight(cfg), "hints_sha256": hints} if hints else {}
+    return record | {"compare": True} if cfg.compare else record
 
 
 def start_sha(origin) -> str:

@@ -12,6 +12,7 @@
                  history.csv  README.md  the training curve; the card for people
                  seen.npy                which structures it was trained on, as hashes (`seen`)
                  composition.json        composed modules only; folds/0, 1, ...: one for each fold
+                 hints.npz               those of compose.py --select hinted
 
 A fine-tuned run is such a folder outside a hub, with its results and with model.safetensors
 (backbone, adapters, head). Nothing here unpickles: tensors are safetensors, the rest is JSON, CSV,
@@ -48,7 +49,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 SEEN = "seen.npy"
-HINTS = "hints.npz"  # of a composed module: what its parents say of the training crystals
+HINTS = "hints.npz"
 FOLDS = "folds"  # the folder, in that of a composed module, of one for each fold
 
 

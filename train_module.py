@@ -227,7 +227,7 @@ def train(cfg, folder, model, crystals, dataset, splits):
         if model.hints is None:
             return (model(batch).float() - target).abs().mean()
         y, z = model(batch, embed=True)
-        return (y.float() - target).abs().mean() + model.hints(z.float(), batch["index"])
+        return (y.float() - target).abs().mean() + model.hints(z, batch["index"])
 
     def validate(model):
         _, y, prediction = predict_batches(model, loader(read, batches("val"), cfg), mean, std, cfg)

@@ -50,13 +50,13 @@ def waves(M=160):
     return X, 5 + np.sin(X[:, 0]) + 0.5 * X[:, 1], np.arange(100), np.arange(100, 130), np.arange(130, M)
 
 
-def test_trees_learn_repeat_with_the_seed_and_see_no_other_rows():
+def test_trees_learn_repeat_with_the_seed_and_see_no_other_rows(tmp_path):
     X, y, train, _, test = waves()
     prediction = magpie_trees(X, y, train, seed=0)
     assert np.abs((prediction - y)[test]).mean() < 0.3 * np.abs(y[train].mean() - y[test]).mean()
     assert y[train].min() <= prediction[test].min() and prediction[test].max() <= y[train].max()
     hidden = np.where(np.isin(np.arange(len(y)), train), y, np.nan)
-    np.testing.assert_array_equal(magpie_trees(X, hidden, train, seed=0), prediction)
+    np.testing.assert_array_equal(magpie_trees(X, hidden, train, seed=0, cache=tmp_path), prediction)
     assert (magpie_trees(X, y, train, seed=1) != prediction).any()
     np.testing.assert_allclose(prediction[train], y[train])  # each tree sees all of them
 

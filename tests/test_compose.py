@@ -3,14 +3,15 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pymatgen.core import Structure
 
 import compose
+import demo
 import finetune
 import hub
 import report
@@ -18,8 +19,10 @@ import sources
 import stage
 from compose import Config, frank_wolfe_gap, knn_estimate, merge, select, solve_weights, standardise
 from crystals import load_crystals
+from data import by_structure
 from files import UserError
 from model import preset
+from predict import predict
 from tasks import get_task
 
 # ------------------------------------------------------------------------------------------------ step 1, the estimate
@@ -389,31 +392,43 @@ def test_one_module_is_returned_bit_for_bit(made, tmp_path):
     assert result["merge_gap"] == 0 and result["modules"]["c"]["weight"] == 1
 
 
-def test_hinted_is_the_module_of_amc_with_what_its_parents_say_of_the_training_rows(made, tmp_path):
+@pytest.fixture
+def all_weigh(monkeypatch):
+    """Every module has weight, as untrained ones mostly have not."""
+    monkeypatch.setattr(compose, "select", lambda w, *_: np.full(len(w), 1 / len(w)))
+
+
+def test_hinted_is_the_module_of_amc_with_what_its_parents_say_of_the_training_rows(made, tmp_path, all_weigh):
     plain = compose.run(config(made, tmp_path / "plain"))
     found = compose.run(config(made, tmp_path / "hinted", select="hinted"))
     assert {n: x["weight"] for n, x in found["modules"].items()} == {n: x["weight"] for n, x in plain["modules"].items()}
     a, b = (hub.load_tensors(tmp_path / name) for name in ("plain", "hinted"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert hub.HINTS not in hub.read_card(tmp_path / "plain")["files_sha256"]
-    with np.load(hub.checked_file(tmp_path / "hinted", hub.HINTS)) as file:
-        hints = dict(file)
-    m, k = hints["targets"].shape
-    assert m == found["rows_used"] == len({*hints["rows"].tolist()}) and 1 < k <= compose.HINTS
-    assert hints["weight"].shape == (k, hub.load_module(tmp_path / "hinted", made[1]).backbone.width)
-    compose.run(config(made, tmp_path / "folds", select="hinted", folds=3))
-    for fold in range(3):
-        with np.load(hub.checked_file(tmp_path / f"folds/folds/{fold}", hub.HINTS)) as file:
-            assert len(file["rows"]) < m + 9 and len(file["targets"]) == len(file["rows"])
+    crystals, kept = load_crystals(get_task(TASK, "", "demo"), N_ROWS, quiet=True), {}
+    for name, where, folds in (("hinted", "hinted", 0), ("folds", "folds/folds/1", 3)):
+        if folds:
+            compose.run(config(made, tmp_path / name, select="hinted", folds=folds))
+        with np.load(hub.checked_file(tmp_path / where, hub.HINTS)) as file:
+            kept[name] = dict(file)
+        report = json.loads((tmp_path / where / "composition.json").read_text())
+        assert len(kept[name]["targets"]) == report["rows_used"] == report["split"]["train"] < len(crystals)
+        assert report["recommended"] == "composed"
+        width = hub.load_module(tmp_path / where, made[1]).backbone.width
+        assert kept[name]["weight"].shape == (kept[name]["targets"].shape[1], width)
+    assert kept["hinted"].keys() == {"targets", "weight", "bias"}  # no row, id or label
+    alone = compose.run(config(made, tmp_path / "one", select="hinted", modules="c"))
+    assert hub.HINTS not in hub.read_card(tmp_path / "one")["files_sha256"]
+    assert any("so there are no hints" in note for note in alone["notes"])
 
 
-def test_fine_tuning_learns_the_hints_and_writes_a_model_like_any_other(made, tmp_path):
+def test_fine_tuning_learns_the_hints_and_writes_a_model_like_any_other(made, tmp_path, all_weigh):
     kind, where, cache = made
     shared = dict(task=TASK, data="demo", hub=str(where), cache=str(cache), limit=N_ROWS, epochs=3, patience=0, lr=1e-3,
                   batch_size=4, folds=0, quiet=True, compare=False)  # fmt: skip
     for select in ("amc", "hinted"):
         compose.run(config(made, tmp_path / "composed" / select, select=select))
-    runs = {"amc": ("amc", 0.3), "none": ("hinted", 0.0), "some": ("hinted", 0.3), "more": ("hinted", 3.0)}
+    runs = {"amc": ("amc", None), "none": ("hinted", 0.0), "some": ("hinted", None), "more": ("hinted", 3.0)}
     for name, (start, weight) in runs.items():
         finetune.run(finetune.Config(**shared, init=str(tmp_path / "composed" / start), hints=weight, output=str(tmp_path / name)))
     tensors = {name: hub.load_tensors(tmp_path / name, hub.MODEL) for name in runs}
@@ -423,20 +438,56 @@ def test_fine_tuning_learns_the_hints_and_writes_a_model_like_any_other(made, tm
     cards = {name: hub.read_card(tmp_path / name) for name in runs}
     assert {name: card["training"].get("hints") for name, card in cards.items()} == {
         "amc": None, "none": None, "some": 0.3, "more": 3.0}  # fmt: skip
-    with pytest.raises(UserError, match="hints 0.3, now 1"):
+    with pytest.raises(UserError, match="--hints 0.3, now 1"):
         finetune.run(finetune.Config(**shared, init=str(tmp_path / "composed/hinted"), hints=1.0, output=str(tmp_path / "some")))
 
 
-def test_the_loss_of_the_hints_is_the_weighted_mean_distance_of_what_is_read():
-    found = {"rows": np.array([30, 10]), "targets": np.array([[1.0, 2], [3, 4]], np.float32),
-             "weight": np.array([[1.0, 0, 0], [0, 2, 0]], np.float32), "bias": np.array([0.5, 0], np.float32)}  # fmt: skip
-    crystals = type("Crystals", (), {"row": np.array([10, 20, 30]), "__len__": lambda self: 3})()
-    hints = finetune.Hints(found, 0.5, crystals, np.array([0, 2]), Path("here"))
+def test_hints_are_of_the_crystal_itself_in_whatever_order_a_table_has_them(tmp_path, monkeypatch):
+    crystals = load_crystals(get_task(TASK, "", "demo"), 6, quiet=True)
+    rows = by_structure(crystals, [1, 5, 2])
+    arrays = {"targets": np.array([[1.0, 2], [3, 4], [5, 6]], np.float32), "bias": np.array([0.5, 0], np.float32),
+              "weight": np.array([[1.0, 0, 0], [0, 2, 0]], np.float32)}  # fmt: skip
+    (tmp_path / hub.HINTS).write_bytes(compose.npz_bytes(**arrays))
+    monkeypatch.setattr(hub, "checked_file", lambda path, file: path / file)
+    hints = finetune.Hints(tmp_path, 0.5, crystals, np.array([2, 1, 5]))
     z = torch.tensor([[1.0, 1, 9], [0, 0, 9]])  # read as (1.5, 2) and (0.5, 0)
-    assert hints(z, torch.tensor([2, 0])).item() == pytest.approx(0.5 * (0.5 + 0 + 2.5 + 4) / 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = hints(z, torch.tensor([rows[0], rows[1]]))
+    assert loss.item() == pytest.approx(0.5 * (0.5 + 0 + 2.5 + 4) / 4) and loss.dtype == torch.float32
     assert {*hints.state_dict()} == {"read.weight", "read.bias"}
-    with pytest.raises(UserError, match="here/hints.npz: is of other training rows; compose again"):
-        finetune.Hints(found, 0.5, crystals, np.array([0, 1]), Path("here"))
+    turned = replace(crystals, **{k: getattr(crystals, k)[::-1] for k in ("Z", "pos", "cell")})
+    other = finetune.Hints(tmp_path, 0.5, turned, np.array([0, 3, 4]))
+    assert torch.equal(other.targets.flip(0), hints.targets)
+    with pytest.raises(UserError, match="hints.npz: of 3 training rows, not 2; compose again"):
+        finetune.Hints(tmp_path, 0.5, crystals, np.array([0, 1]))
+
+
+def test_a_run_of_folds_with_hints_repeats_and_predicts(made, tmp_path, all_weigh):
+    kind, where, cache = made
+    compose.run(config(made, tmp_path / "composed", select="hinted", folds=3))
+    shared = dict(task=TASK, data="demo", hub=str(where), cache=str(cache), limit=N_ROWS, epochs=2, batch_size=8, lr=1e-3,
+                  init=str(tmp_path / "composed"), output=str(tmp_path / "run"), quiet=True, compare=False)  # fmt: skip
+    finetune.run(finetune.Config(**shared))
+    cards = [hub.read_card(tmp_path / f"run/fold{k}") for k in range(3)]
+    assert [card["training"].get("hints") for card in cards] == [0.3] * 3
+    made_at = (tmp_path / "run/metrics.json").stat().st_mtime_ns
+    finetune.run(finetune.Config(**shared))
+    assert (tmp_path / "run/metrics.json").stat().st_mtime_ns == made_at
+    with pytest.raises(UserError, match="--hints 0.3, now 2"):
+        finetune.run(finetune.Config(**shared, hints=2.0))
+    demo.write_examples(tmp_path / "cif")
+    values = predict(str(tmp_path / "run"), [Structure.from_file(path) for path in (tmp_path / "cif").iterdir()])
+    assert values.shape == (2,) and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("how", [dict(train="new-head"), dict(init="backbone")])
+def test_hints_that_nothing_could_learn_are_refused(made, tmp_path, how, all_weigh):
+    kind, where, cache = made
+    compose.run(config(made, tmp_path / "composed", select="hinted"))
+    shared = dict(task=TASK, data="demo", hub=str(where), cache=str(cache), limit=N_ROWS, epochs=1, folds=0, quiet=True,
+                  output=str(tmp_path / "run"), compare=False, hints=0.3)  # fmt: skip
+    with pytest.raises(UserError, match="--hints 0.3: .* has none, they are for a module of `compose.py --select"):
+        finetune.run(finetune.Config(**shared, **dict(init=str(tmp_path / "composed")) | how))
 
 
 def test_variants_few_shot_and_neighbours(made, tmp_path):
