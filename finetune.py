@@ -1,4 +1,4 @@
-"""Stage 2b: fine-tune the composed module g_D on its task (section 2.3): a model, its error, its predictions.
+"""Stage 2b: fine-tune the composed module g_D on its task (section 2.3): model, error, predictions.
 
     python finetune.py --task dielectric
     python finetune.py --data my_folder
@@ -58,7 +58,7 @@ class Config(TrainConfig):
     limit: Whole | None = None  # use this many random rows; 0: all
     split_seed: Seed | None = None  # of the published split, where the task has one, else of 70/15/15
     few_shot: Whole | None = None  # keep this many random training rows; 0: all
-    hints: Annotated[float, Range(0, 10)] | None = None  # their weight in the loss [0.3 after --select hinted]; 0: none
+    hints: Annotated[float, Range(0, 10)] | None = None  # weight in the loss [0.3 after --select hinted]; 0: none
     folds: Whole | None = None  # of cross-validation [5 below 1,000 rows without a split of their own]
     compare: bool = True  # with Magpie trees on the same rows; --no-compare leaves it out
 
