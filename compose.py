@@ -363,6 +363,7 @@ def run(cfg):
     embed, seen = make_embed(cfg, some, dataset, rows), seen_before(cfg, cards, crystals)
     make = partial(composed_module, cfg, cards, crystals, embed, rows, seen)
     g_D, card, files = make(splits, record)
+    files["weights.png"] = draw_weights(files["composition.json"])
     if folds:
         card["folds"] = files["composition.json"]["split"]["folds"] = len(folds)
     if cfg.save_embeddings:
@@ -389,7 +390,7 @@ def composed_module(cfg, cards, crystals, embed, rows, seen, splits, record):
     card = new_card(cfg, cards, crystals, splits, record) | {"weights": list(parents.values())}
     card |= from_parents(cfg, {name: cards[name] for name in parents})
     card["seconds"] = round(time.monotonic() - began, 1)
-    files = {"composition.json": result, "weights.png": draw_weights(result)}
+    files = {"composition.json": result}
     if cfg.select == "hinted" and len(parents) > 1:
         order = [place[row] for row in by_structure(crystals, splits["train"])]
         *X, X_D = (x[order] for x in representations(cfg, cards, parents, embed, g_D).values())

@@ -39,6 +39,18 @@ def load_chgnet():
         return CHGNet.load(use_device="cpu", verbose=False).eval()
 
 
+def batches(some, atoms, crystals=16, most=200):
+    """The numbers `some` by size, in lists of at most that many crystals and, if not of one alone, `most` atoms.
+
+    atoms: of each number. Forces keep every layer's activations: about 20 MB an atom."""
+    found = [[]]
+    for i in sorted(some, key=lambda i: atoms[i]):
+        if found[-1] and (len(found[-1]) == crystals or sum(atoms[j] for j in found[-1]) + atoms[i] > most):
+            found.append([])
+        found[-1].append(i)
+    return found if some else []
+
+
 def chgnet(structures, forces=False):
     """CHGNet 0.3.0 (Deng et al. 2023): its energy, and the 64 features of an atom before the readout; its forces."""
     import torch
@@ -52,13 +64,13 @@ def chgnet(structures, forces=False):
             graphs[i] = model.graph_converter(Structure(cell, Z, pos, coords_are_cartesian=True))
         except (ValueError, IndexError) as error:  # an isolated atom, an element beyond 94
             found[i] = f"teacher: {error}"
-    order = sorted(graphs, key=lambda i: len(structures[i][0]))
-    for some in (order[k : k + 16] for k in range(0, len(order), 16)):
+    for some in batches(graphs, [len(Z) for Z, _, _ in structures]):
         with torch.set_grad_enabled(forces):  # forces are derivatives
             out = model([graphs[i] for i in some], task="ef" if forces else "e", return_atom_feas=True)
         parts = [out["e"].tolist(), out["atom_fea"], *([out["f"]] if forces else [])]
         for i, energy, features, *more in zip(some, *parts, strict=True):
-            found[i] = energy * len(features), *(x.detach().numpy() for x in (features, *more))
+            found[i] = energy * len(features), *(x.detach().numpy().copy() for x in (features, *more))
+        del out, parts, features, more  # with what forces were derived through, before the next
     return found
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 import demo
 from crystals import load_crystals
@@ -31,6 +34,27 @@ def make_once(name, n=0):
 
 
 demo.make = make_once
+
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "drawn: draws its pictures, which most tests only compose")
+
+
+def is_picture(path) -> bool:
+    """Whether a PNG file holds more than one colour."""
+    image = imread(path)
+    return image.ndim == 3 and min(image.shape[:2]) > 100 and image.std() > 0
+
+
+@pytest.fixture(autouse=True)
+def quick_files(request, monkeypatch):
+    """Pictures are composed but not drawn, and files not forced to the disk: a third of the time of the slowest tests.
+    Not where a test is marked `drawn`, or looks at fsync itself. Fixtures shared by several tests draw."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr(Figure, "savefig", lambda figure, out, **_: out.write(b"\x89PNG"))
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
 
 FCC = np.array([[0.0, 1, 1], [1, 0, 1], [1, 1, 0]])
 BCC = np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TASK
+from conftest import ROOT, TASK, is_picture
 from safetensors.torch import load_file
 
 import evaluate
@@ -36,7 +36,8 @@ def test_a_run_folder_holds_what_its_metrics_say(home):
     assert (seen.count("1"), seen.count("")) == (known["test"], known["unknown"])
     names = {p.name for p in folder.iterdir()}
     wanted = "config.json model.safetensors module.json splits.json history.csv metrics.json predictions_val.csv"
-    assert names >= {*wanted.split(), "predictions_test.csv", "skipped.csv", "parity.png"} and "last.pt" not in names
+    assert names >= {*wanted.split(), "predictions_test.csv", "skipped.csv"} and "last.pt" not in names
+    assert is_picture(folder / "parity.png")
     card = hub.read_card(folder)
     assert card["parents"][0]["tensors_sha256"] == hub.read_card(home.hub / "full")["tensors_sha256"]
     assert card["backbone_sha256"] == hub.read_card(home.hub / "backbone")["tensors_sha256"]

@@ -26,12 +26,6 @@ TINY = moma.preset("base", **published.NARROW, graph={"graph_rule": "published"}
 DENSE = "backbone.int_blocks.1.dense_ca.linear.weight"
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch):
-    """These tests need not wait for the disk."""
-    monkeypatch.setattr(hub.os, "fsync", lambda fd: None)
-
-
 @pytest.fixture(scope="module")
 def checkpoint():
     return published.jmp_checkpoint(TINY)

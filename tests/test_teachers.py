@@ -56,6 +56,12 @@ def config(folder, **changes):
 # ---------------------------------------------------------------- labels
 
 
+def test_a_batch_is_of_few_crystals_and_of_few_atoms():
+    atoms = [200, 5, 150, 5, 5, 400, 60]
+    assert teachers.batches(range(7), atoms, crystals=3, most=300) == [[1, 3, 4], [6, 2], [0], [5]]
+    assert teachers.batches([], []) == []
+
+
 def test_labels_come_in_the_order_of_the_crystals_with_reasons_where_there_are_none(called):
     water = np.array([8, 1, 1]), np.eye(3), np.zeros((3, 3))
     found = teach("chgnet", crystals([NACL, water, STO]), quiet=True)
