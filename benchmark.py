@@ -109,7 +109,7 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    said = gains(found), gains(found, "moma-svr", FROZEN), unseen(output, found), coverage(found)
+    said = gains(found), gains(found, "moma-svr", FROZEN), by_validation(found), unseen(output, found), coverage(found)
     parts = [table(found), "\n".join(part for part in said if part)]
     if (output / "composed").is_dir():
         parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
@@ -318,6 +318,16 @@ def gains(found, best="moma-full", others=METHODS) -> str:
             text += f", spread {spread:.1%} over {len(gain)} splits{inside}"
         lines.append(f"- {text}, better on {sum(g > 0 for g in gain)} of {len(gain)} {what}")
     return "\n".join(lines)
+
+
+def by_validation(found, of=("moma-full", "moma-hinted", "moma-adapter")) -> str:
+    """A line: the gain over theta0 of whichever of these has the lowest validation error, split by split."""
+    best, chosen = f"the one of {', '.join(of)} with the lowest validation error", {}
+    for task, runs in found.items():
+        seeds = set.intersection(*(set(runs.get(m, ())) for m in (*of, "theta0")))
+        pick = {seed: min((runs[m][seed] for m in of), key=lambda run: run["val_mae"]) for seed in seeds}
+        chosen |= {task: {best: pick, "theta0": runs["theta0"]}} if seeds else {}
+    return gains(chosen, best, ["theta0"])
 
 
 def unseen(root, found, best="moma-full") -> str:

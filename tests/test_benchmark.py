@@ -83,6 +83,17 @@ def test_gains_are_means_over_tasks_of_the_seeds_that_both_have():
     assert benchmark.gains(frozen, "moma-svr", ["theta0-svr"]) == line
 
 
+def test_of_several_methods_the_validation_error_chooses_split_by_split():
+    full, other = runs(0.5, 0.6), runs(1.0, 0.5)
+    full[0] |= {"test_mae": 0.8}  # chosen by validation, not by test
+    other[0] |= {"test_mae": 0.1}
+    found = {"a": {"moma-full": full, "moma-hinted": other, "moma-adapter": runs(2.0, 2.0, 0.0), "theta0": runs(1, 1, 1)}}
+    lines = benchmark.by_validation(found | {"b": {"moma-full": full, "theta0": runs(1, 1)}}).split("\n")
+    assert len(lines) == 1 and "with the lowest validation error over theta0: mean 35.0%" in lines[0]  # (0.8 + 0.5) / 2
+    assert "over 2 splits" in lines[0] and benchmark.by_validation({"b": {"moma-full": full}}) == ""
+
+
+
 def test_of_one_task_the_gain_has_a_spread_over_its_splits_and_what_lies_inside_is_said_to_be_none():
     found = {"a": {"moma-full": runs(0.5, 0.6), "theta0": runs(1.0, 1.0), "magpie": runs(0.4, 1.0)}}
     assert benchmark.gains(found).split("\n") == [
