@@ -147,7 +147,7 @@ demo_lines = | grep --line-buffered 'seed[0-9]*$$'
 ZERO       = runs/from-zero
 ZERO_SEEDS ?= 0
 # of theta_0, the modules, the fine-tuned models
-ZERO_EPOCHS ?= 6 8 40
+ZERO_EPOCHS ?= 5 7 30
 ZERO_HUB   = demo_ewald demo_lattice_energy demo_volume demo_dielectric demo_gap demo_phonon
 ZERO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRESET=tiny DATA=demo \
@@ -190,7 +190,8 @@ RESULTS       = runs/results
 RESULTS_TASKS = jarvis_2d_dielectric_opt jarvis_2d_eform jarvis_2d_exfoliation jarvis_2d_gap_opt mp_eps_electronic \
                 mp_eps_total mp_phonons mp_poly_electronic mp_poly_total
 FROZEN        = moma-svr,theta0-svr,mixture-svr
-METHODS      ?= moma-full,moma-hinted,moma-adapter,best-module,theta0,scratch,cgcnn,magpie,chgnet-svr,$(FROZEN)
+NETWORKS      = moma-full,moma-hinted,moma-adapter,best-module,theta0,theta0-adapter,scratch,cgcnn
+METHODS      ?= $(NETWORKS),magpie,chgnet-svr,$(FROZEN)
 
 results: | $(VENV)/done $(VENV)/teacher
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(RESULTS_TASKS:%=results-%)

@@ -5,12 +5,12 @@
 
 Each run is a folder OUTPUT/METHOD/TASK/seedK; what is finished is kept, so an interrupted benchmark goes on where it
 stopped. Methods: moma-full and moma-adapter (compose, then fine-tune), moma-hinted (compose.py --select hinted), theta0
-(fine-tune the backbone), best-module (fine-tune the module with the largest weight: pair-wise transfer), scratch (the
-backbone's architecture, fresh), cgcnn (from scratch); and what one would use instead (baselines.py): magpie (trees),
-chgnet-svr (support vector regression on frozen features of CHGNet, which needs `make teacher`). moma-svr, theta0-svr,
-mixture-svr: the same regression on frozen representations of the composed module, of theta_0, and of all the modules
-that were composed, side by side: what composing brings before any fine-tuning, and what averaging loses. All get the
-same rows, and the networks the same budget of epochs.
+(fine-tune the backbone), theta0-adapter (fresh adapters in it), best-module (fine-tune the module with the largest
+weight: pair-wise transfer), scratch (the backbone's architecture, fresh), cgcnn (from scratch); and what one would use
+instead (baselines.py): magpie (trees), chgnet-svr (support vector regression on frozen features of CHGNet, which needs
+`make teacher`). moma-svr, theta0-svr, mixture-svr: the same regression on frozen representations of the composed
+module, of theta_0, and of all the modules that were composed, side by side: what composing brings before any
+fine-tuning, and what averaging loses. All get the same rows, and the networks the same budget of epochs.
 """
 
 import json
@@ -37,7 +37,8 @@ from tasks import TRANSFORMS, get_task, inverse, unit_of
 WRITES = ("config.json", "table.md", "runs.csv")
 FROZEN = ("moma-svr", "theta0-svr", "mixture-svr")
 BASELINES = ("magpie", "chgnet-svr", *FROZEN)  # nothing is fine-tuned
-METHODS = ("moma-full", "moma-hinted", "moma-adapter", "best-module", "theta0", "scratch", "cgcnn", *BASELINES)
+METHODS = ("moma-full", "moma-hinted", "moma-adapter", "best-module", "theta0", "theta0-adapter", "scratch", "cgcnn",
+           *BASELINES)  # fmt: skip
 # Table 1 of the paper, mean over 5 splits, for the rows this project has data for: CGCNN, MoE-(18), JMP-FT, MoMa (Full)
 PUBLISHED = {
     "expt_bandgap": (0.471, 0.374, 0.358, 0.305),
@@ -109,7 +110,8 @@ def run(cfg):
     found = collect(output)
     if not found:
         raise MissingError(f"{output}: no finished run; run the benchmark without --table first")
-    said = gains(found), gains(found, "moma-svr", FROZEN), by_validation(found), unseen(output, found), coverage(found)
+    said = [gains(found), gains(found, "moma-adapter", ["theta0-adapter"]), gains(found, "moma-svr", FROZEN)]
+    said += [by_validation(found), unseen(output, found), coverage(found)]
     parts = [table(found), "\n".join(part for part in said if part)]
     if (output / "composed").is_dir():
         parts += [f"Compositions: {merges.__doc__.strip()}", merges(output)]
@@ -130,7 +132,7 @@ def one_run(cfg, method, task, name, seed):
     if method in BASELINES:
         return baseline(cfg, method, TaskConfig(**shared), folder, name)
     shared["overwrite"] = cfg.overwrite
-    how = dict(init="backbone")
+    how = dict(init="backbone", kind="adapter" if method == "theta0-adapter" else "")
     if method.startswith("moma-"):
         how = dict(init=composed(cfg, method.removeprefix("moma-"), name, seed, shared)["output"])
     elif method == "best-module":
