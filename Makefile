@@ -147,7 +147,7 @@ demo_lines = | grep --line-buffered 'seed[0-9]*$$'
 ZERO       = runs/from-zero
 ZERO_SEEDS ?= 0
 # of theta_0, the modules, the fine-tuned models
-ZERO_EPOCHS ?= 5 7 30
+ZERO_EPOCHS ?= 6 8 40
 ZERO_HUB   = demo_ewald demo_lattice_energy demo_volume demo_dielectric demo_gap demo_phonon
 ZERO_TASKS = demo_refractive_index demo_optical_gap demo_heat_capacity
 zero_make  = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory HUB=$(ZERO)/hub PRESET=tiny DATA=demo \

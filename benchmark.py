@@ -322,9 +322,9 @@ def gains(found, best="moma-full", others=METHODS) -> str:
     return "\n".join(lines)
 
 
-def by_validation(found, of=("moma-full", "moma-hinted", "moma-adapter")) -> str:
+def by_validation(found, of=("moma-full", "moma-hinted")) -> str:
     """A line: the gain over theta0 of whichever of these has the lowest validation error, split by split."""
-    best, chosen = f"the one of {', '.join(of)} with the lowest validation error", {}
+    best, chosen = f"{' or '.join(of)}, whichever has the lower validation error,", {}
     for task, runs in found.items():
         seeds = set.intersection(*(set(runs.get(m, ())) for m in (*of, "theta0")))
         pick = {seed: min((runs[m][seed] for m in of), key=lambda run: run["val_mae"]) for seed in seeds}
