@@ -323,7 +323,7 @@ def gains(found, best="moma-full", others=METHODS) -> str:
 
 
 def by_validation(found, of=("moma-full", "moma-hinted")) -> str:
-    """A line: the gain over theta0 of whichever of these has the lowest validation error, split by split."""
+    """A line: the gain over theta0 of whichever of these has the lower validation error, split by split."""
     best, chosen = f"{' or '.join(of)}, whichever has the lower validation error,", {}
     for task, runs in found.items():
         seeds = set.intersection(*(set(runs.get(m, ())) for m in (*of, "theta0")))

@@ -36,13 +36,12 @@ def make_once(name, n=0):
 demo.make = make_once
 
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "drawn: draws its pictures, which most tests only compose")
 
 
 def is_picture(path) -> bool:
-    """Whether a PNG file holds more than one colour."""
+    """Whether a file is a PNG of more than 100 pixels a side and of more than one colour."""
     image = imread(path)
     return image.ndim == 3 and min(image.shape[:2]) > 100 and image.std() > 0
 

@@ -93,7 +93,6 @@ def test_of_several_methods_the_validation_error_chooses_split_by_split():
     assert "over 2 splits" in lines[0] and benchmark.by_validation({"b": {"moma-full": full}}) == ""
 
 
-
 def test_of_one_task_the_gain_has_a_spread_over_its_splits_and_what_lies_inside_is_said_to_be_none():
     found = {"a": {"moma-full": runs(0.5, 0.6), "theta0": runs(1.0, 1.0), "magpie": runs(0.4, 1.0)}}
     assert benchmark.gains(found).split("\n") == [
